@@ -1,0 +1,215 @@
+"""Every setting of a run, as frozen dataclasses. The text under a field is its help.
+
+Field names are unique over all sections, so that `--lr 1e-6` needs no section on the command line; in TOML they stand
+in their section (`[train] lr = 1e-6`). Names are Megatron-LM's where Megatron-LM has one, else `docs` of the design.
+`[transformer]`, `[optimizer]` and `[ddp]` set any field of Megatron-Core's own config classes by its name.
+Rules that tie fields together are in `config.rules`; reading and overriding is `config.load`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    hf_model: str = ""
+    """Hugging Face folder (or hub name) of the policy: config.json, weights and, unless `tokenizer` is set, tokenizer."""
+    tokenizer: str = ""
+    """Folder, hub name or SentencePiece `.model` file; empty: the one beside the model."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`pretrained` loads the weights of `hf_model`; `random` takes only its config.json."""
+    params_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the weights in the forward; with bfloat16 the optimizer keeps float32 masters."""
+    make_vocab_size_divisible_by: int = 8
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each weight matrix."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the layers."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share the experts of a MoE layer."""
+    expert_tensor_parallel_size: int = 0
+    """Tensor-parallel size inside an expert; 0: 1 where there are experts."""
+    context_parallel_size: int = 1
+    """Ranks that share a sequence."""
+    sequence_parallel: bool = False
+    """Shard norms and dropout along the sequence between tensor-parallel ranks."""
+    use_distributed_optimizer: bool = True
+    """Shard optimizer state over data-parallel ranks."""
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    data_path: str = ""
+    """JSONL file (or folder of them) with one object a line that has a `text` field."""
+    held_out_path: str = ""
+    """JSONL of text that is never trained on; empty: none is scored."""
+    min_paragraph_tokens: int = 8
+    """Paragraphs shorter than this many tokens are left out (counted)."""
+    max_paragraph_tokens: int = 1280
+    """Paragraphs longer than this many tokens are left out (counted)."""
+    skip_bad_lines: bool = False
+    """Leave out malformed lines (counted) instead of stopping at the first."""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    task: Literal["pretrain_zero", "random_span", "continue_pt", "sft"] = "pretrain_zero"
+    """What is played: PretrainZero, its random-span baseline, next-token training, or supervised training on both formats."""
+    paragraphs_per_step: int = 32
+    """Paragraphs drawn each step."""
+    n_masks_per_paragraph: int = 8
+    """Mask rollouts a paragraph (one generator group). `random_span`: random masks a paragraph."""
+    n_predictions_per_mask: int = 8
+    """Prediction rollouts a mask (one predictor group)."""
+    mask_validity: Literal["default", "one_mask", "whole_words"] = "default"
+    """`default`: 1 to 7 occurrences, all hidden; `one_mask`: one random occurrence hidden; `whole_words`: default, whole words only."""
+    max_occurrences: int = 7
+    """A span that occurs more often than this in its paragraph cannot be hidden."""
+    max_mask_fraction: float = 0.5
+    """A span longer than this share of the paragraph's characters cannot be hidden."""
+    match: Literal["strict", "casefold"] = "strict"
+    """How a prediction is compared with the hidden text after normalisation."""
+    update: Literal["joint", "alternate"] = "joint"
+    """`joint`: both roles in each update; `alternate`: generator groups on odd steps, predictor groups on even steps."""
+    template_dir: str = ""
+    """Folder with `mask.txt` and `prediction.txt`; empty: the package's own for `prompt_style`."""
+    prompt_style: Literal["plain", "chat"] = "chat"
+    """`chat`: the template is one user turn of the tokenizer's chat template; `plain`: the template is the whole prompt."""
+    max_prompt_tokens: int = 1536
+    """Longest prompt of either role."""
+    generator_weight: float = 1.0
+    """Loss weight of mask-generation tokens."""
+    predictor_weight: float = 1.0
+    """Loss weight of mask-prediction tokens."""
+    advantage_eps: float = 1e-6
+    """Added to the standard deviation of a group's rewards."""
+    answer_weight: float = 1.0
+    """`sft`: loss weight of the response's tokens."""
+    prompt_weight: float = 0.0
+    """`sft`: loss weight of the prompt's tokens (the language-model part)."""
+    span_p: float = 0.2
+    """`random_span` and fixed masks: parameter of the geometric law of span length in words."""
+    span_max_words: int = 10
+    """`random_span` and fixed masks: longest span in words."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    engine: Literal["embedded", "sglang"] = "embedded"
+    """What generates: the trainer's own weights and KV cache, or SGLang servers."""
+    max_response_tokens: int = 4096
+    """Longest response of either role."""
+    temperature: float = 1.0
+    """Sampling temperature of both roles; log-probs of the trainer are taken under it too."""
+    top_p: float = 1.0
+    """Nucleus sampling; 1.0 is off."""
+    max_running_requests: int = 256
+    """`embedded`: sequences decoded together."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    train_iters: int = 2000
+    """Optimizer updates in all."""
+    seed: int = 1234
+    """Of data order, sampling and initialisation."""
+    lr: float = 5e-7
+    """Highest learning rate."""
+    min_lr: float = 5e-8
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    lr_warmup_iters: int = 0
+    """Updates over which the learning rate rises from 0."""
+    lr_decay_iters: int = 0
+    """Updates at whose end `min_lr` is reached; 0: `train_iters`."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay (not on norms and biases)."""
+    adam_beta1: float = 0.9
+    """First moment's decay."""
+    adam_beta2: float = 0.999
+    """Second moment's decay."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 is off."""
+    eps_clip: float = 0.2
+    """Lower clip of the probability ratio: 1 - eps_clip."""
+    eps_clip_high: float = 0.28
+    """Upper clip of the probability ratio: 1 + eps_clip_high (clip-higher)."""
+    dual_clip: float = 0.0
+    """Bound of the ratio for negative advantages (c > 1, e.g. 10); 0 is off."""
+    loss_aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    """Mean over all trained tokens of the step, or over sequences of their token means."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the initial policy (k3 estimator); 0: no reference model."""
+    updates_per_batch: int = 1
+    """Optimizer updates that one round of play is split into."""
+    recompute_old_log_probs: bool = False
+    """Take the ratio's denominator from the trainer before the update instead of from the engine (always so with several updates)."""
+    max_tokens_per_micro_batch: int = 8192
+    """Token budget of a packed micro-batch; a longer single sample still goes alone."""
+    log_prob_chunk_tokens: int = 1024
+    """Tokens whose logits exist at one time."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    eval_interval: int = 50
+    """Score the fixed masks every so many steps, and before the first and after the last; 0: never."""
+    num_fixed_masks: int = 128
+    """Questions in each fixed set."""
+    n_samples_per_fixed_mask: int = 1
+    """Sampled answers a question."""
+    eval_temperature: float = 1.0
+    """Temperature of these answers; 0 is greedy."""
+    fixed_mask_seed: int = 7
+    """Chooses the questions; the same for every run that is to be compared."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    run_dir: str = "runs/run"
+    """Where the run writes everything; a run found there is continued."""
+    save_interval: int = 100
+    """Save every so many steps, and at the end; 0: only at the end."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    export_hf: bool = True
+    """Write a Hugging Face folder (`hf/` in the run directory) at the end."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    tensorboard: bool = True
+    """Write TensorBoard events into the run directory."""
+    wandb_project: str = ""
+    """Weights & Biases project; empty: not used."""
+    show_rollouts: int = 0
+    """Paragraphs of each evaluation step that the console shows with mask, predictions and rewards."""
+    write_page: bool = True
+    """Write `report.html` at the end."""
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    transformer: dict[str, Any] = field(default_factory=dict)
+    """Fields of megatron.core.transformer.TransformerConfig, by name."""
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    """Fields of megatron.core.optimizer.OptimizerConfig, by name."""
+    ddp: dict[str, Any] = field(default_factory=dict)
+    """Fields of megatron.core.distributed.DistributedDataParallelConfig, by name."""
