@@ -1,0 +1,109 @@
+"""What one step's samples do to the weights: old and reference log-probs where they are wanted, then the updates.
+
+A loss or gradient that is not finite leaves the weights as they were, and leaves behind a dump with which
+`tools/replay_step.py` repeats the refused update.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_pz.config.schema import TrainConfig
+from megatron_pz.errors import NumericsError
+from megatron_pz.train.step import Trainer
+from megatron_pz.types import MicroBatch, UpdatePlan, UpdateResult
+
+
+class Learner:
+    """Applies the updates of a step.
+
+    Args:
+        trainer: the policy and its optimizer.
+        config: the `[train]` section.
+        dump_dir: where a refused update is written.
+        save_state: writes a checkpoint of the untouched state beside the dump.
+    """
+
+    def __init__(self, trainer: Trainer, config: TrainConfig, dump_dir: Path, rank: int) -> None:
+        self.trainer, self.config, self.dump_dir, self.rank = trainer, config, dump_dir, rank
+        self._reference = self._weights() if config.kl_coef > 0 else None
+
+    def learn(self, plans: Sequence[UpdatePlan], step: int) -> UpdateResult:
+        """Result of the step's updates; metrics are means over them.
+
+        Raises:
+            NumericsError: with the path of the dump; weights and optimizer are as before the refused update.
+        """
+        if not plans:
+            return UpdateResult(applied=False, loss=0.0, grad_norm=0.0, lr=self.trainer.lr_at(step), metrics={})
+        rescored = len(plans) > 1 or self.config.recompute_old_log_probs
+        old = [self.trainer.score(self._mine(plan)) if rescored else None for plan in plans]
+        ref = [self._score_reference(plan) if self._reference is not None else None for plan in plans]
+        results = []
+        for plan, old_log_probs, ref_log_probs in zip(plans, old, ref, strict=True):
+            try:
+                results.append(
+                    self.trainer.step(plan, lr_step=step, old_log_probs=old_log_probs, ref_log_probs=ref_log_probs)
+                )
+            except NumericsError as error:
+                path = self._dump(plan, step, old_log_probs, ref_log_probs)
+                raise NumericsError(f"step {step}: {error} The update was refused and dumped to {path}.") from error
+        return _mean(results)
+
+    def _mine(self, plan: UpdatePlan) -> tuple[MicroBatch, ...]:
+        return plan.micro_batches[self.trainer.parallel.dp_rank]
+
+    def _weights(self) -> list[dict[str, torch.Tensor]]:
+        return [
+            {name: parameter.detach().clone() for name, parameter in chunk.named_parameters()}
+            for chunk in self.trainer.chunks
+        ]
+
+    def _score_reference(self, plan: UpdatePlan) -> list[np.ndarray]:
+        """Log-probs under the initial policy, whose weights stand in for the policy's while they are taken."""
+        assert self._reference is not None
+        current = self._weights()
+        try:
+            self._put(self._reference)
+            return self.trainer.score(self._mine(plan))
+        finally:
+            self._put(current)
+
+    @torch.no_grad()
+    def _put(self, weights: list[dict[str, torch.Tensor]]) -> None:
+        for chunk, values in zip(self.trainer.chunks, weights, strict=True):
+            for name, parameter in chunk.named_parameters():
+                parameter.copy_(values[name])
+
+    def _dump(self, plan: UpdatePlan, step: int, old: object, ref: object) -> Path:
+        self.dump_dir.mkdir(parents=True, exist_ok=True)
+        path = self.dump_dir / f"step_{step:06d}-rank{self.rank}.pt"
+        partial = path.with_suffix(".tmp")
+        record = {
+            "step": step,
+            "plan": pickle.dumps(plan),
+            "old_log_probs": old,
+            "ref_log_probs": ref,
+            "weights": self._weights(),
+        }
+        torch.save(record, partial)
+        partial.rename(path)
+        return path
+
+
+def _mean(results: Sequence[UpdateResult]) -> UpdateResult:
+    if len(results) == 1:
+        return results[0]
+    pick: Callable[[str], float] = lambda name: float(np.mean([r.metrics[name] for r in results]))  # noqa: E731
+    return UpdateResult(
+        applied=any(result.applied for result in results),
+        loss=float(np.mean([result.loss for result in results])),
+        grad_norm=float(np.mean([result.grad_norm for result in results])),
+        lr=results[-1].lr,
+        metrics={name: pick(name) for name in results[0].metrics},
+    )
