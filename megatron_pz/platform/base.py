@@ -1,0 +1,100 @@
+"""What every part asks of the machine, and nobody asks elsewhere: device, dtypes, collectives, layers, random state.
+
+A platform is made by `select.select_platform`, which also installs it; after that megatron may be imported. The package
+asks for CUDA nowhere outside this folder.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+
+from megatron_pz.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a name such as `bfloat16`.
+
+    Raises:
+        ConfigError: the name is none of `DTYPES`.
+    """
+    if name not in DTYPES:
+        raise ConfigError(f"dtype is {name!r}; it must be one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+class Platform(ABC):
+    """One kind of machine. `install()` runs before the first megatron import and may run again without effect."""
+
+    name: ClassVar[str]
+    backend: ClassVar[Literal["gloo", "nccl"]]
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where this process keeps its weights and micro-batches."""
+
+    @abstractmethod
+    def install(self) -> None:
+        """Make megatron importable and runnable here. Idempotent."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until everything that was launched is done."""
+
+    @abstractmethod
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes held now (`allocated`) and at most so far (`peak`)."""
+
+    @abstractmethod
+    def rng_state(self) -> dict[str, Any]:
+        """Every random state of torch and Megatron, as tensors, ready for `torch.save`."""
+
+    @abstractmethod
+    def set_rng_state(self, state: dict[str, Any]) -> None:
+        """Put back what `rng_state` returned."""
+
+    @abstractmethod
+    def transformer_defaults(self, transformer_impl: str | None = None) -> dict[str, Any]:
+        """Fields of `TransformerConfig` that depend on the machine (fusions, initialisation, layer implementation).
+
+        Args:
+            transformer_impl: "local", "transformer_engine", or None for the platform's own choice.
+        """
+
+    @abstractmethod
+    def layer_spec(self, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+        """Modules of the decoder layers that this pipeline stage builds, and of its final norm.
+
+        Raises:
+            ConfigError: the layers asked for (`config.transformer_impl`) cannot be had on this machine.
+        """
+
+    def packed_seq_params(self, cu_seqlens: np.ndarray | torch.Tensor) -> PackedSeqParams:
+        """Megatron's description of S sequences that lie end to end.
+
+        Args:
+            cu_seqlens: int32 [S + 1], cumulative lengths, first 0, last T.
+        """
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        cumulative = torch.as_tensor(cu_seqlens, dtype=torch.int32)
+        longest = int((cumulative[1:] - cumulative[:-1]).max())
+        cumulative = cumulative.to(self.device)
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cumulative,
+            cu_seqlens_kv=cumulative,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )

@@ -1,0 +1,105 @@
+"""Layers that Megatron-Core's local specification lacks: a norm for sequence parallelism, packed attention, a cache hook.
+
+They are plain torch and run on any device; `cpu.CpuPlatform` puts them into every layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_pz.errors import LayoutError
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of earlier tokens; what generation hangs into every core attention (`PolicyModel.decoding`)."""
+
+    def attend(self, layer_index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Store the new keys and values, and return the attention output of the new tokens.
+
+        Args:
+            layer_index: of the layer in the whole model, from 0.
+            query: [s, b, query heads of this rank, dim], rotary embedding applied.
+            key: [s, b, key heads of this rank, dim], rotary embedding applied.
+            value: [s, b, key heads of this rank, dim].
+
+        Returns:
+            [s, b, query heads * dim].
+        """
+        ...
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm whose weight tells `finalize_model_grads` that its gradient is partial under sequence
+    parallelism; Megatron's `WrappedTorchNorm` refuses that layout."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., hidden_size], same shape and dtype out."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class PackedAttention(torch.nn.Module):
+    """Causal attention by torch's SDPA, sequence by sequence of a packed row; grouped queries; no dropout.
+
+    `cache` None: training and scoring. Otherwise every forward hands its query, key and value to `cache.attend`
+    (see `KeyValueCache`) and returns what comes back.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, *args: Any, softmax_scale: float | None = None, **kw: Any
+    ) -> None:
+        super().__init__()
+        if config.context_parallel_size > 1:
+            raise LayoutError(
+                f"parallel.context_parallel_size is {config.context_parallel_size}; the local layers do not split "
+                "sequences, so it must be 1 here."
+            )
+        self.layer_index = layer_number - 1
+        self.softmax_scale = softmax_scale
+        self.cache: KeyValueCache | None = None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attention output of this rank's heads.
+
+        Args:
+            query: packed [T, heads, dim], else [s, b, heads, dim]; key and value likewise with their own heads.
+            attention_mask: unused, attention is causal inside each sequence.
+            packed_seq_params: cumulative lengths of the sequences, or None for one sequence a row.
+
+        Returns:
+            [T, heads * dim], else [s, b, heads * dim].
+        """
+        if self.cache is not None:
+            return self.cache.attend(self.layer_index, query, key, value)
+        if packed_seq_params is None:
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            return self._sdpa(q, k, v).permute(2, 0, 1, 3).flatten(2)
+        bounds = packed_seq_params.cu_seqlens_q.tolist()
+        lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+        pieces = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+        outputs = [self._sdpa(*(x.transpose(0, 1)[None] for x in piece))[0].transpose(0, 1) for piece in pieces]
+        return torch.cat(outputs).flatten(1)
+
+    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[b, heads, s, dim] of each."""
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=True)

@@ -1,0 +1,349 @@
+"""What stock Megatron-Core asks of CUDA, answered on a machine without it.
+
+The shim is the table `PATCHES`: target, replacement, reason, versions of megatron-core, and a probe that fails while
+the target is stock and passes once it is replaced. A test runs every probe both ways, so a target that vanished, or that
+is no longer needed, is noticed. `install()` is process-wide, idempotent and meant for the CPU platform only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils._device
+
+CPU = torch.device("cpu")
+ALL = ">=0.16,<0.20"
+FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn", "zeros_like", "ones_like", "empty_like")
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One replaced name. `target` is `module:attribute`, the attribute may have dots."""
+
+    target: str
+    replacement: Callable[[Any], Any]  # given what stands there now (None where nothing does), returns what shall
+    reason: str  # who asks for it in megatron-core 0.16.1
+    probe: Callable[[], object]  # raises while the target is stock
+    versions: str = ALL
+
+    def owner(self) -> tuple[Any, str]:
+        """The object that holds the attribute, and the attribute's name."""
+        module, _, path = self.target.partition(":")
+        *parents, name = path.split(".")
+        return functools.reduce(getattr, parents, importlib.import_module(module)), name
+
+    def apply(self) -> None:
+        """Replace the target."""
+        owner, name = self.owner()
+        setattr(owner, name, self.replacement(getattr(owner, name, None)))
+
+
+class Stream:
+    """A stream that does nothing. A class, because annotations such as `torch.cuda.Stream | None` are evaluated."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        """Return: everything is done already."""
+
+    def wait_stream(self, stream: Any) -> None:
+        """Return: nothing runs beside this."""
+
+    def wait_event(self, event: Any) -> None:
+        """Return: the event is past."""
+
+    def record_event(self, event: Any = None) -> Event:
+        """An event that is past."""
+        return event or Event()
+
+    def query(self) -> bool:
+        """True: idle."""
+        return True
+
+
+class Event(Stream):
+    """An event that is always past."""
+
+    def record(self, stream: Any = None) -> None:
+        """Return: nothing to record."""
+
+    def wait(self, stream: Any = None) -> None:
+        """Return: the event is past."""
+
+    def elapsed_time(self, end: Any) -> float:
+        """0.0 milliseconds."""
+        return 0.0
+
+
+_STREAM = Stream()
+
+
+def _constant(value: Any) -> Callable[[Any], Callable[..., Any]]:
+    """A replacement function that returns `value` whatever it is given."""
+    return lambda stock: lambda *args, **kwargs: value
+
+
+def _is_cuda(device: Any) -> bool:
+    return isinstance(device, (str, torch.device)) and str(device).startswith("cuda")
+
+
+def _on_cpu(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """A tensor factory that takes `device="cuda"` for the CPU and leaves out `pin_memory`."""
+
+    @functools.wraps(stock)
+    def factory(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
+        return stock(*args, **kwargs)
+
+    return factory
+
+
+def _to_cpu(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """`Tensor.to` that takes CUDA for the CPU."""
+
+    @functools.wraps(stock)
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs["device"] = CPU
+        return stock(self, *(CPU if _is_cuda(arg) else arg for arg in args), **kwargs)
+
+    return to
+
+
+def _cuda_type_for_optimizers(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """`Tensor.type` that tells Megatron's optimizers what they compare with: `torch.cuda.FloatTensor` and kin."""
+
+    @functools.wraps(stock)
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = stock(self, *args, **kwargs)
+        asker = sys._getframe(1).f_globals.get("__name__", "")
+        if isinstance(found, str) and asker.startswith("megatron.core.optimizer"):
+            return found.replace("torch.", "torch.cuda.", 1)
+        return found
+
+    return type_
+
+
+def _numpy_splits(stock: Any) -> Callable[..., Any]:
+    """`maybe_move_tensor_to_cpu` that makes numpy splits of CPU tensors too."""
+
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
+
+    return move
+
+
+def _load_optimizer_state(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """`_set_main_param_and_optimizer_states` without autograd, and for the keys that torch's Adam really saved."""
+
+    @functools.wraps(stock)
+    def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        if self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
+            return stock(self, model_param, tensors)
+        group, order = self.model_param_group_index_map[model_param]
+        main_param = self.optimizer.param_groups[group]["params"][order]
+        targets = {"param": main_param, **self.optimizer.state[main_param]}
+        with torch.no_grad():
+            for key in targets.keys() & tensors.keys():
+                targets[key].copy_(tensors[key])
+        return None
+
+    return set_states
+
+
+def _probe_optimizer_state() -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    leaf = torch.ones(2, requires_grad=True)
+    optimizer = SimpleNamespace(param_groups=[{"params": [leaf]}], state={leaf: {"step": torch.tensor(1.0)}})
+    fake = SimpleNamespace(
+        config=SimpleNamespace(use_precision_aware_optimizer_no_fp8_or_ds_fp8=False),
+        model_param_group_index_map={leaf: (0, 0)},
+        optimizer=optimizer,
+    )
+    DistributedOptimizer._set_main_param_and_optimizer_states(fake, leaf, {"param": torch.zeros(2)})
+
+
+def _probe_rng_state() -> None:
+    from megatron.core.tensor_parallel import random
+
+    random._set_cuda_rng_state(random._get_cuda_rng_state(clone=True, graph_safe=True))
+
+
+def _probe_set_rng_state() -> None:
+    from megatron.core.tensor_parallel import random
+
+    random._set_cuda_rng_state(torch.get_rng_state(), graph_safe=False)
+    # Stock queues the call for the moment when CUDA starts, and returns: nothing was set.
+    if torch.cuda.current_device() != CPU:
+        raise RuntimeError("the state was not set")
+
+
+def _probe_splits() -> None:
+    from megatron.core.transformer.moe import token_dispatcher
+
+    if not isinstance(token_dispatcher.maybe_move_tensor_to_cpu(torch.ones(1), as_numpy=True), np.ndarray):
+        raise TypeError("splits stay tensors")
+
+
+def _probe_type() -> None:
+    scope: dict[str, Any] = {"__name__": "megatron.core.optimizer.probe", "tensor": torch.ones(1)}
+    exec("found = tensor.type()", scope)  # as if an optimizer module asked
+    if scope["found"] != "torch.cuda.FloatTensor":
+        raise TypeError(scope["found"])
+
+
+def _probe_stream() -> None:
+    if torch.cuda.Stream is not Stream:
+        torch.cuda.Stream()
+
+
+def _probe_event() -> None:
+    torch.cuda.Event(enable_timing=True).record()
+
+
+def _probe_router_gemm() -> None:
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        raise NameError("te_general_gemm")
+
+
+def _probe_inert(name: str) -> Callable[[], object]:
+    """A probe for functions that are silent or harmless on some builds: replaced or not is all that can be seen."""
+
+    def probe() -> None:
+        if "shim" not in getattr(functools.reduce(getattr, name.split("."), torch.cuda), "__module__", ""):
+            raise RuntimeError(f"torch.cuda.{name} is stock")
+
+    return probe
+
+
+def _torch_patches() -> Iterator[Patch]:
+    c = torch.cuda
+    yield Patch("torch.cuda:current_device", _constant(CPU), "device= of every buffer", lambda: c.current_device())
+    yield Patch("torch.cuda:synchronize", _constant(None), "schedules.py, timers", lambda: c.synchronize())
+    yield Patch("torch.cuda:empty_cache", _constant(None), "distrib_optimizer.py", _probe_inert("empty_cache"))
+    yield Patch("torch.cuda:Stream", lambda stock: Stream, "token_dispatcher.py:445", _probe_stream)
+    yield Patch("torch.cuda:Event", lambda stock: Event, "token_dispatcher.py:871", _probe_event)
+    yield Patch("torch.cuda:current_stream", _constant(_STREAM), "param_and_grad_buffer.py", lambda: c.current_stream())
+    yield Patch("torch.cuda:default_stream", _constant(_STREAM), "token_dispatcher.py", lambda: c.default_stream())
+    yield Patch(
+        "torch.cuda:stream",
+        lambda stock: lambda stream=None: contextlib.nullcontext(),
+        "token_dispatcher.py:873",
+        lambda: c.stream(c.current_stream()).__enter__(),
+    )
+    get_state = lambda stock: lambda *args, **kwargs: torch.random.get_rng_state()  # noqa: E731
+    yield Patch("torch.cuda:get_rng_state", get_state, "tensor_parallel/random.py:238", lambda: c.get_rng_state())
+    yield Patch("torch.cuda.random:get_rng_state", get_state, "random.py:50", lambda: c.random.get_rng_state())
+    yield Patch(
+        "torch.cuda:set_rng_state",
+        lambda stock: lambda state, *args, **kwargs: torch.random.set_rng_state(state),
+        "tensor_parallel/random.py",
+        _probe_inert("set_rng_state"),
+    )
+    yield Patch(
+        "torch.cuda:manual_seed",
+        lambda stock: lambda seed: torch.random.default_generator.manual_seed(int(seed)),
+        "tensor_parallel/random.py:237,422",
+        _probe_inert("manual_seed"),
+    )
+    yield Patch("torch.cuda.nvtx:range_push", _constant(None), "utils.py, attention.py", lambda: c.nvtx.range_push("a"))
+    yield Patch("torch.cuda.nvtx:range_pop", _constant(None), "utils.py, attention.py", lambda: c.nvtx.range_pop())
+    yield Patch(
+        "torch:Tensor.cuda", lambda stock: lambda self, *a, **k: self, "p2p, schedules", lambda: torch.ones(1).cuda()
+    )
+    yield Patch(
+        "torch:Tensor.record_stream", _constant(None), "token_dispatcher", lambda: torch.ones(1).record_stream(_STREAM)
+    )
+    yield Patch("torch:Tensor.to", _to_cpu, "dist_checkpointing, utils.py:1207", lambda: torch.ones(1).to("cuda"))
+    yield Patch("torch:Tensor.type", _cuda_type_for_optimizers, "optimizer.py:671, clip_grads.py:167", _probe_type)
+    for name in FACTORIES:
+        args = {"full": ((1,), 0.0), "tensor": (0,)}.get(name, (torch.ones(1),) if name.endswith("_like") else (1,))
+        probe = functools.partial(_make, name, args)
+        yield Patch(f"torch:{name}", _on_cpu, 'device="cuda" literals (schedules.py:596, transformer/utils.py)', probe)
+
+
+def _make(name: str, args: tuple[Any, ...]) -> torch.Tensor:
+    return getattr(torch, name)(*args, device="cuda")
+
+
+def _megatron_patches() -> Iterator[Patch]:
+    yield Patch(
+        "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
+        lambda stock: lambda device="cuda", clone=False, graph_safe=False: torch.random.get_rng_state(),
+        "the tracker's fork() reads the device generator",
+        _probe_rng_state,
+    )
+    yield Patch(
+        "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
+        lambda stock: lambda state, device=-1, graph_safe=False: torch.random.set_rng_state(state),
+        "the tracker's fork() sets the device generator",
+        _probe_set_rng_state,
+    )
+    yield Patch(
+        "megatron.core.transformer.moe.moe_utils:te_general_gemm",
+        lambda stock: stock,
+        "moe_utils.py:1192 names it even where Transformer Engine is missing; None is what it tests for",
+        _probe_router_gemm,
+        versions=">=0.16,<0.19",
+    )
+    yield Patch(
+        "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
+        _numpy_splits,
+        "splits become numpy only if is_cuda; all_to_all_single refuses tensors",
+        _probe_splits,
+    )
+    yield Patch(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
+        _load_optimizer_state,
+        "loading torch's Adam state: KeyError 'step', or in-place on a leaf, distrib_optimizer.py:940",
+        _probe_optimizer_state,
+    )
+
+
+PATCHES: tuple[Patch, ...] = (*_torch_patches(), *_megatron_patches())
+_installed = False
+
+
+def patches_of(version: str) -> list[Patch]:
+    """The patches that this version of megatron-core needs."""
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
+
+    release = Version(Version(version).base_version)
+    return [patch for patch in PATCHES if release in SpecifierSet(patch.versions)]
+
+
+def install() -> None:
+    """Replace every target of `PATCHES` that the installed megatron-core needs. A second call does nothing."""
+    global _installed
+    if _installed:
+        return
+    # torch caches its factories for `with torch.device(...)` on first use; it must see the stock ones.
+    torch.utils._device._device_constructors()
+    from importlib.metadata import version
+
+    wanted = patches_of(version("megatron-core"))
+    # Those of torch first: importing megatron may already ask for CUDA.
+    for patch in sorted(wanted, key=lambda patch: patch.target.startswith("megatron")):
+        patch.apply()
+    _installed = True
+
+
+def is_installed() -> bool:
+    """Whether `install` has run in this process."""
+    return _installed

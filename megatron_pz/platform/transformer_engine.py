@@ -1,0 +1,39 @@
+"""Whether Transformer Engine can be used, found out before Megatron-Core tries.
+
+Megatron-Core guards its imports of Transformer Engine with `except ImportError`; a half-installed one (no torch
+extension, no NCCL on the library path) raises FileNotFoundError or OSError instead and takes `import megatron.core` down.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import warnings
+
+
+def hide() -> None:
+    """Make every later `import transformer_engine` fail as if it were not installed."""
+    if "transformer_engine" not in sys.modules:
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+
+
+def fault() -> str | None:
+    """Why Transformer Engine cannot be used here; None if it can. One that cannot be imported is hidden."""
+    if sys.modules.get("transformer_engine", ...) is None:
+        return "transformer_engine is hidden in this process"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "transformer_engine is not installed"
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError, RuntimeError) as error:
+        for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:
+            del sys.modules[name]
+        hide()
+        return f"importing transformer_engine.pytorch failed: {type(error).__name__}: {error}"
+    return None
+
+
+def silence_missing() -> None:
+    """Drop Megatron-Core's import warnings that Transformer Engine or Apex is missing. For the local layers only."""
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed.*")
