@@ -1,0 +1,264 @@
+"""Rules that settings keep, alone and together: one small function a subject, every fault reported at once.
+
+Checked before any rank takes memory. What needs the model (heads that divide, the vocabulary) is checked where the
+model is read; the names in `[transformer]`, `[optimizer]` and `[ddp]` where Megatron is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+from megatron_pz.config.schema import Config
+from megatron_pz.config.tables import PASS_THROUGH, SECTIONS, section_of
+from megatron_pz.errors import ConfigError, LayoutError
+
+GAMES = ("pretrain_zero", "random_span")
+"""Tasks that generate; the others train on text as it is."""
+
+POSITIVE = {
+    "model": ["make_vocab_size_divisible_by"],
+    "parallel": [
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "expert_model_parallel_size",
+        "context_parallel_size",
+    ],
+    "corpus": ["min_paragraph_tokens", "max_paragraph_tokens"],
+    "task": ["paragraphs_per_step", "n_masks_per_paragraph", "max_occurrences", "max_prompt_tokens", "span_max_words"],
+    "engine": ["max_response_tokens", "max_running_requests"],
+    "train": ["train_iters", "updates_per_batch", "max_tokens_per_micro_batch", "log_prob_chunk_tokens"],
+    "evaluate": ["num_fixed_masks", "n_samples_per_fixed_mask"],
+    "checkpoint": ["keep"],
+}
+"""Counts and sizes that must be 1 or more."""
+
+NOT_NEGATIVE = {
+    "parallel": ["expert_tensor_parallel_size"],
+    "task": ["generator_weight", "predictor_weight", "advantage_eps", "answer_weight", "prompt_weight"],
+    "train": ["seed", "lr", "min_lr", "lr_warmup_iters", "lr_decay_iters", "weight_decay", "clip_grad", "kl_coef"],
+    "evaluate": ["eval_interval", "eval_temperature", "fixed_mask_seed"],
+    "checkpoint": ["save_interval"],
+    "report": ["show_rollouts"],
+}
+
+Rule = Callable[[Config, int], Iterator[str]]
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Returns when `config` can run on `world_size` ranks.
+
+    Raises:
+        LayoutError: every fault is one of the parallel sizes.
+        ConfigError: anything else; the message names all faults, one a line.
+    """
+    layout = [fault for rule in LAYOUT_RULES for fault in rule(config, world_size)]
+    others = [fault for rule in RULES for fault in rule(config, world_size)]
+    if faults := others + layout:
+        raise (ConfigError if others else LayoutError)("\n".join(faults))
+
+
+def world_is_divided(config: Config, world_size: int) -> Iterator[str]:
+    sizes = config.parallel
+    tensor, pipeline, context = (
+        sizes.tensor_model_parallel_size,
+        sizes.pipeline_model_parallel_size,
+        sizes.context_parallel_size,
+    )
+    model_ranks = tensor * pipeline * context
+    if model_ranks > 0 and world_size % model_ranks:
+        yield (
+            f"{world_size} ranks cannot be shared out: tensor x pipeline x context parallel is "
+            f"{tensor} x {pipeline} x {context} = {model_ranks}, which must divide the number of ranks. "
+            f"Start a multiple of {model_ranks} ranks or make the sizes smaller."
+        )
+    expert_tensor = max(1, sizes.expert_tensor_parallel_size)
+    expert_ranks = expert_tensor * sizes.expert_model_parallel_size * pipeline
+    if expert_ranks > pipeline > 0 and world_size % expert_ranks:
+        yield (
+            f"{world_size} ranks cannot be shared out over the experts: expert tensor x expert x pipeline parallel is "
+            f"{expert_tensor} x {sizes.expert_model_parallel_size} x {pipeline} = {expert_ranks}, which must divide "
+            f"the number of ranks. Start a multiple of {expert_ranks} ranks or make the sizes smaller."
+        )
+
+
+def sequence_parallel_has_tensor_parallel(config: Config, world_size: int) -> Iterator[str]:
+    sizes = config.parallel
+    if sizes.sequence_parallel and sizes.tensor_model_parallel_size == 1:
+        yield (
+            "parallel.sequence_parallel is true while parallel.tensor_model_parallel_size is 1; it shards over "
+            "tensor-parallel ranks, so it needs 2 or more of them. Leave it out."
+        )
+    if sizes.expert_model_parallel_size > 1 and sizes.tensor_model_parallel_size > 1 and not sizes.sequence_parallel:
+        yield (
+            f"parallel.expert_model_parallel_size is {sizes.expert_model_parallel_size} and "
+            f"tensor_model_parallel_size {sizes.tensor_model_parallel_size}; Megatron trains experts under tensor "
+            "parallelism only with parallel.sequence_parallel. Set it to true."
+        )
+
+
+def context_parallel_is_one(config: Config, world_size: int) -> Iterator[str]:
+    if config.parallel.context_parallel_size > 1:
+        yield (
+            f"parallel.context_parallel_size is {config.parallel.context_parallel_size}; it must be 1: attention over "
+            "packed sequences does not split a sequence over ranks in this version. Use tensor or sequence parallelism."
+        )
+
+
+def numbers_are_finite(config: Config, world_size: int) -> Iterator[str]:
+    for section, cls in SECTIONS.items():
+        for field in dataclasses.fields(cls):
+            value = getattr(getattr(config, section), field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                yield f"{section}.{field.name} is {value}; it must be a finite number."
+
+
+def sizes_are_positive(config: Config, world_size: int) -> Iterator[str]:
+    for section, names in POSITIVE.items():
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            if value < 1:
+                yield f"{section}.{name} is {value}; it must be 1 or more."
+    for section, names in NOT_NEGATIVE.items():
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            if value < 0:
+                yield f"{section}.{name} is {value}; it must be 0 or more."
+
+
+def paths_are_set(config: Config, world_size: int) -> Iterator[str]:
+    for section, name, wanted in (
+        ("model", "hf_model", "a Hugging Face folder or hub name"),
+        ("corpus", "data_path", "a JSONL file or a folder of them"),
+        ("checkpoint", "run_dir", "the folder that the run writes into"),
+    ):
+        if not getattr(getattr(config, section), name):
+            yield f"{section}.{name} is empty; it must name {wanted}. Set it in the TOML file or with --{name}."
+
+
+def paragraphs_fit_the_prompt(config: Config, world_size: int) -> Iterator[str]:
+    corpus, task = config.corpus, config.task
+    if corpus.min_paragraph_tokens > corpus.max_paragraph_tokens:
+        yield (
+            f"corpus.min_paragraph_tokens is {corpus.min_paragraph_tokens}, above max_paragraph_tokens "
+            f"{corpus.max_paragraph_tokens}: no paragraph would be left. Lower it."
+        )
+    if task.task in GAMES and corpus.max_paragraph_tokens >= task.max_prompt_tokens:
+        yield (
+            f"corpus.max_paragraph_tokens is {corpus.max_paragraph_tokens} and task.max_prompt_tokens "
+            f"{task.max_prompt_tokens}; a prompt holds the paragraph and its instructions, so it must be the larger. "
+            "Raise --max-prompt-tokens or lower --max-paragraph-tokens."
+        )
+
+
+def groups_can_differ(config: Config, world_size: int) -> Iterator[str]:
+    task = config.task
+    if task.task not in GAMES:
+        return
+    if task.n_predictions_per_mask < 2:
+        yield (
+            f"task.n_predictions_per_mask is {task.n_predictions_per_mask}; it must be 2 or more: a prediction is "
+            "judged against the others of its group."
+        )
+    if task.task == "pretrain_zero" and task.n_masks_per_paragraph == 1:
+        yield (
+            "task.n_masks_per_paragraph is 1; it must be 2 or more: a mask is judged against the others of its "
+            "paragraph. Use --task random_span to train the predictor alone."
+        )
+    if config.engine.temperature <= 0:
+        yield (
+            f"engine.temperature is {config.engine.temperature}; it must be above 0 in training: greedy answers are all "
+            "alike, and a group of equals teaches nothing. For greedy scoring set --eval-temperature 0."
+        )
+
+
+def masks_are_possible(config: Config, world_size: int) -> Iterator[str]:
+    task = config.task
+    if not 0 < task.max_mask_fraction <= 1:
+        yield f"task.max_mask_fraction is {task.max_mask_fraction}; it must be above 0 and at most 1."
+    if not 0 < task.span_p <= 1:
+        yield f"task.span_p is {task.span_p}; it must be above 0 and at most 1, e.g. 0.2 for five words on average."
+
+
+def roles_are_trained(config: Config, world_size: int) -> Iterator[str]:
+    task = config.task
+    if task.update == "alternate" and task.task != "pretrain_zero":
+        yield (
+            f"task.update is 'alternate' while task.task is {task.task!r}, which has one role; it goes with "
+            "'pretrain_zero' only. Use --update joint."
+        )
+    if task.task == "pretrain_zero" and task.generator_weight == 0 and task.predictor_weight == 0:
+        yield "task.generator_weight and task.predictor_weight are both 0: nothing would be trained. Raise one."
+    if task.task == "random_span" and task.predictor_weight == 0:
+        yield "task.predictor_weight is 0 under random_span, which trains predictions only. Raise it."
+    if task.task == "sft" and task.answer_weight == 0 and task.prompt_weight == 0:
+        yield "task.answer_weight and task.prompt_weight are both 0: nothing would be trained. Raise one."
+
+
+def sampling_is_possible(config: Config, world_size: int) -> Iterator[str]:
+    engine = config.engine
+    if not 0 < engine.top_p <= 1:
+        yield f"engine.top_p is {engine.top_p}; it must be above 0 and at most 1 (1 is off)."
+    if engine.engine != "embedded":
+        yield (
+            f"engine.engine is {engine.engine!r}; this version generates with the trainer's own weights only. "
+            "Use --engine embedded."
+        )
+
+
+def learning_rate_falls(config: Config, world_size: int) -> Iterator[str]:
+    train = config.train
+    if train.lr_decay_style != "constant" and train.min_lr > train.lr:
+        yield (
+            f"train.min_lr is {train.min_lr}, above train.lr {train.lr}; the decay ends there, so it must be at most "
+            "lr. Set --min-lr too (or --lr-decay-style constant)."
+        )
+    decay_iters = train.lr_decay_iters or train.train_iters
+    if train.lr_warmup_iters > 0 and train.lr_warmup_iters >= decay_iters:
+        yield (
+            f"train.lr_warmup_iters is {train.lr_warmup_iters} while the decay ends after {decay_iters} steps; "
+            "the warm-up must be shorter."
+        )
+
+
+def optimizer_is_stable(config: Config, world_size: int) -> Iterator[str]:
+    for name in ("adam_beta1", "adam_beta2"):
+        value = getattr(config.train, name)
+        if not 0 <= value < 1:
+            yield f"train.{name} is {value}; it must be at least 0 and below 1."
+
+
+def clips_bound_the_ratio(config: Config, world_size: int) -> Iterator[str]:
+    train = config.train
+    if not 0 < train.eps_clip < 1:
+        yield f"train.eps_clip is {train.eps_clip}; it must be between 0 and 1: the ratio is held above 1 - eps_clip."
+    if train.eps_clip_high <= 0:
+        yield f"train.eps_clip_high is {train.eps_clip_high}; it must be above 0: the ratio is held below 1 + it."
+    if train.dual_clip != 0 and train.dual_clip <= 1:
+        yield f"train.dual_clip is {train.dual_clip}; it must be above 1 (e.g. 10), or 0 for off."
+
+
+def one_place_a_setting(config: Config, world_size: int) -> Iterator[str]:
+    for table in PASS_THROUGH:
+        for name in getattr(config, table):
+            if (home := section_of(name)) is not None:
+                yield f"{table}.{name} is set twice over: it has its own place, {home}.{name}. Set it there (--{name})."
+
+
+LAYOUT_RULES: tuple[Rule, ...] = (world_is_divided, sequence_parallel_has_tensor_parallel, context_parallel_is_one)
+
+RULES: tuple[Rule, ...] = (
+    numbers_are_finite,
+    sizes_are_positive,
+    paths_are_set,
+    paragraphs_fit_the_prompt,
+    groups_can_differ,
+    masks_are_possible,
+    roles_are_trained,
+    sampling_is_possible,
+    learning_rate_falls,
+    optimizer_is_stable,
+    clips_bound_the_ratio,
+    one_place_a_setting,
+)
