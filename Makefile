@@ -1,0 +1,59 @@
+# make demo          PretrainZero on real text with a small real policy; STEPS=200 goes on to step 200
+# make demo-smollm2  the same with SmolLM2-135M-Instruct
+# make test          lint, types, layers, tests        make test-slow  the long ones
+# make clean         removes .venv and caches, keeps runs/
+# PYTHON=python3.12 chooses the interpreter of a new .venv (3.11, else 3.12, by default).
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory
+export PYTHON
+
+STEPS ?=
+# Test processes side by side; each computes with one thread.
+WORKERS ?= 2
+PY := .venv/bin/python
+OVERRIDES := $(if $(STEPS),--train-iters $(STEPS))
+
+.PHONY: demo demo-smollm2 demo-corpus smollm2 test test-slow lint bench-env clean help
+
+help:
+	@sed -n 's/^# //p' Makefile | head -n 5
+
+demo: demo-corpus
+	@$(PY) -m megatron_pz examples/demo.toml $(OVERRIDES)
+
+demo-smollm2: demo-corpus smollm2
+	@$(PY) -m megatron_pz examples/demo_smollm2.toml $(OVERRIDES)
+
+demo-corpus:
+	@tools/setup_env.sh run
+	@$(PY) tools/fetch_demo_corpus.py .cache/demo
+
+smollm2:
+	@tools/setup_env.sh smollm2
+	@$(PY) tools/make_smollm2.py .cache/smollm2-135m-instruct
+
+test: lint
+	@$(PY) -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile
+
+test-slow:
+	@tools/setup_env.sh test
+	@$(PY) tools/fetch_demo_corpus.py .cache/demo
+	@$(PY) -m pytest -v -m slow
+
+lint:
+	@tools/setup_env.sh test
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check --quiet . || { echo 'lint: formatting differs; run .venv/bin/ruff format .' >&2; exit 1; }
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports --no-cache > .cache/layers.log || { cat .cache/layers.log; exit 1; }
+	@echo 'lint: layers kept'
+
+bench-env:
+	@tools/setup_env.sh bench
+
+clean:
+	@rm -rf .venv .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	@echo 'clean: runs/ is kept'
