@@ -29,7 +29,7 @@ Every flag overrides the setting of that name in the TOML file. --transformer.NA
 set any field of Megatron-Core's TransformerConfig, OptimizerConfig and DistributedDataParallelConfig."""
 
 # Sections only: tyro cannot make flags of tables whose keys it does not know, so those are read by `_split`.
-_Sections = dataclasses.make_dataclass(
+_Sections: Any = dataclasses.make_dataclass(
     "Sections", [(name, cls, dataclasses.field(default_factory=cls)) for name, cls in SECTIONS.items()]
 )
 
@@ -66,14 +66,16 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
 
 def _parse(config: Config, arguments: Sequence[str]) -> tuple[Any, list[str]]:
     default = _Sections(**{name: getattr(config, name) for name in SECTIONS})
-    return tyro.cli(
-        tyro.conf.OmitArgPrefixes[_Sections],
+    sections, unknown = tyro.cli(
+        _Sections,
+        config=(tyro.conf.OmitArgPrefixes,),
         prog=PROG,
         description=_DESCRIPTION,
         args=list(arguments),
         default=default,
         return_unknown_args=True,
     )
+    return sections, unknown
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
