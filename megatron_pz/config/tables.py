@@ -19,8 +19,8 @@ from megatron_pz.errors import ConfigError
 PASS_THROUGH = ("transformer", "optimizer", "ddp")
 """Sections whose keys are Megatron-Core's own; which keys exist is known where Megatron is imported."""
 
-SECTIONS: dict[str, type] = {
-    field.name: field.default_factory  # type: ignore[misc]  # of a section, the factory is its class
+SECTIONS: dict[str, Any] = {
+    field.name: field.default_factory  # which, of a section, is its class
     for field in dataclasses.fields(Config)
     if field.name not in PASS_THROUGH
 }
@@ -84,7 +84,7 @@ def _unknown_section(name: str) -> str:
 
 def _value(source: str, section: str, key: str, value: Any, faults: list[str]) -> Any:
     """`value` as the field wants it; what is wrong with it is added to `faults`."""
-    cls = SECTIONS[section]
+    cls: Any = SECTIONS[section]
     if key not in cls.__dataclass_fields__:
         home = section_of(key)
         way_out = f"it stands in [{home}]" if home else f"the nearest is {nearest(key, cls.__dataclass_fields__)}"
