@@ -87,6 +87,7 @@ class Tokenizer(Protocol):
 
     vocab_size: int  # largest id + 1
     eos_token_ids: tuple[int, ...]  # every id that ends a response
+    bos_token_ids: tuple[int, ...]  # what the tokenizer puts in front of a text; mostly nothing. `encode` leaves it out
 
     def encode(self, text: str) -> list[int]: ...
 

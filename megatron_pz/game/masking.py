@@ -1,0 +1,84 @@
+"""Hiding a span: where it occurs, which of these places are hidden, and the text that is left.
+
+1. Occurrences are exact, case-sensitive and do not overlap, counted from the left (paper.md 2.8).
+2. Putting the answer back for every `[mask]` gives the paragraph's text, character for character.
+"""
+
+from __future__ import annotations
+
+import random
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_pz.config.schema import TaskConfig
+from megatron_pz.types import Mask, Paragraph
+
+MASK_TOKEN = "[mask]"
+"""What stands for hidden words in the masked text."""
+
+Span = tuple[int, int]
+Validity = Literal["default", "one_mask", "whole_words"]
+
+
+@dataclass(frozen=True)
+class MaskRules:
+    """Which spans can be hidden, and where (`[task]` of the settings)."""
+
+    validity: Validity = "default"
+    max_occurrences: int = 7
+    max_fraction: float = 0.5
+
+    @classmethod
+    def of(cls, config: TaskConfig) -> MaskRules:
+        return cls(config.mask_validity, config.max_occurrences, config.max_mask_fraction)
+
+
+def occurrences(text: str, answer: str) -> list[Span]:
+    """Every place of `answer` in `text`, from the left, none overlapping another.
+
+    >>> occurrences("banana", "ana")
+    [(1, 4)]
+    """
+    assert answer, "an empty answer occurs everywhere"
+    spans = []
+    start = text.find(answer)
+    while start >= 0:
+        spans.append((start, start + len(answer)))
+        start = text.find(answer, start + len(answer))
+    return spans
+
+
+def hide(text: str, spans: Sequence[Span]) -> str:
+    """`text` with each of `spans` (in order, not overlapping) replaced by `[mask]`."""
+    pieces, done = [], 0
+    for start, end in spans:
+        pieces += [text[done:start], MASK_TOKEN]
+        done = end
+    return "".join([*pieces, text[done:]])
+
+
+def make_mask(paragraph: Paragraph, answer: str, found: Sequence[Span], validity: Validity, rng: random.Random) -> Mask:
+    """The mask that hides `answer`: all places in `found`, or under `one_mask` one of them, drawn with `rng`."""
+    hidden = (rng.choice(found),) if validity == "one_mask" else tuple(found)
+    return Mask(paragraph.id, answer, hidden, hide(paragraph.text, hidden), num_occurrences=len(found))
+
+
+def restore(mask: Mask) -> str:
+    """The paragraph's text again."""
+    return mask.masked_text.replace(MASK_TOKEN, mask.answer)
+
+
+def cuts_no_word(text: str, span: Span) -> bool:
+    """True where neither end of `span` lies inside a word.
+
+    >>> cuts_no_word("the cat", (4, 7)), cuts_no_word("the cats", (4, 7))
+    (True, False)
+    """
+    return not any(0 < cut < len(text) and is_word(text[cut - 1]) and is_word(text[cut]) for cut in span)
+
+
+def is_word(character: str) -> bool:
+    """True for letters, digits, marks on letters and the underscore."""
+    return character.isalnum() or character == "_" or unicodedata.category(character).startswith("M")
