@@ -1,6 +1,6 @@
 """Records for tests, with every field that a test does not care about already filled in.
 
-    from builders import ByteTokenizer, TableEngine, paragraph, rollout
+from builders import ByteTokenizer, TableEngine, paragraph, rollout
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class TableEngine:
     lists what was asked, in order; `order` shuffles when responses land.
     """
 
-    def __init__(self, reply: Reply, tokenizer: ByteTokenizer | None = None, order: random.Random | None = None) -> None:
+    def __init__(
+        self, reply: Reply, tokenizer: ByteTokenizer | None = None, order: random.Random | None = None
+    ) -> None:
         self.reply, self.tokenizer, self.order = reply, tokenizer or ByteTokenizer(), order
         self.requests: list[tuple[str, SamplingParams]] = []
 
