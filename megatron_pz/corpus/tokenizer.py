@@ -106,7 +106,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     try:
         loaded = AutoTokenizer.from_pretrained(str(path))
-    except Exception as error:  # noqa: BLE001 - the Rust half of `tokenizers` raises the bare class on a bad file
+    except Exception as error:  # the Rust half of `tokenizers` raises the bare class on a bad file
         raise TokenizerError(
             f"No tokenizer can be read from {path}: {_first_line(error)} "
             "Wanted a folder with tokenizer.json and tokenizer_config.json, a hub name, or a SentencePiece .model file."
