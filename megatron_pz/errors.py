@@ -10,6 +10,7 @@
     ├── EngineError        generation
     ├── CheckpointError    a checkpoint or a run directory, damaged or foreign
     ├── DiskError          no room, or no right, to write
+    ├── ReportError        a metric that no table knows, a run directory that cannot be shown
     └── NumericsError      a loss or a gradient that is not finite
 
 A message names the thing, what was found, what was wanted and the way out. `assert` is for our own mistakes.
@@ -54,6 +55,10 @@ class CheckpointError(MegatronPZError):
 
 class DiskError(MegatronPZError, OSError):
     """There is no room, or no right, to write."""
+
+
+class ReportError(MegatronPZError, ValueError):
+    """A metric has no row in the table, or there is no run to show."""
 
 
 class NumericsError(MegatronPZError, ArithmeticError):

@@ -1,0 +1,197 @@
+"""Every metric of a run: name, unit, range, meaning. `docs/metrics.md` is made from this table.
+
+A name that is not in it is refused, so that a curve cannot be lost to a slip of the pen. `<role>` stands for `mask` and
+`prediction`, `<set>` for `fixed_masks` and `held_out`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from megatron_pz.errors import ReportError
+from megatron_pz.types import Role
+
+_INF = math.inf
+_PLACES = {"<role>": tuple(str(role) for role in Role), "<set>": ("fixed_masks", "held_out")}
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One row: values lie in `low`..`high`, both included."""
+
+    name: str
+    unit: str
+    low: float
+    high: float
+    meaning: str
+    section: str = ""
+
+
+def _rows(section: str, *rows: tuple[str, str, float, float, str]) -> tuple[Metric, ...]:
+    return tuple(Metric(*row, section) for row in rows)
+
+
+TABLE: tuple[Metric, ...] = (
+    *_rows(
+        "Progress",
+        ("step", "updates", 0, _INF, "optimizer updates done; 0 is the score before the first"),
+        ("epoch", "passes", 0, _INF, "passes over the corpus when the step's paragraphs were drawn"),
+        ("num_paragraphs", "paragraphs", 0, _INF, "paragraphs drawn for the step"),
+    ),
+    *_rows(
+        "Rewards",
+        ("reward/mask/mean", "reward", 0, 1, "mean reward of mask rollouts, invalid ones included (0)"),
+        ("reward/prediction/mean", "reward", 0, 1, "mean reward of predictions: accuracy on the masks of this round"),
+    ),
+    *_rows(
+        "Masks",
+        ("mask/valid_rate", "share", 0, 1, "mask rollouts whose span can be hidden"),
+        ("mask/reject/truncated", "rollouts", 0, _INF, "rejected: the response was cut off at its token limit"),
+        ("mask/reject/aborted", "rollouts", 0, _INF, "rejected: the engine gave the response up"),
+        ("mask/reject/no_mask", "rollouts", 0, _INF, "rejected: no mask is named"),
+        ("mask/reject/empty", "rollouts", 0, _INF, "rejected: nothing stands between the braces"),
+        ("mask/reject/forbidden_text", "rollouts", 0, _INF, "rejected: the span holds [mask], a backslash, a brace"),
+        ("mask/reject/not_in_paragraph", "rollouts", 0, _INF, "rejected: the span does not occur in the paragraph"),
+        ("mask/reject/too_many_occurrences", "rollouts", 0, _INF, "rejected: the span occurs too often"),
+        ("mask/reject/whole_paragraph", "rollouts", 0, _INF, "rejected: the span is the whole paragraph"),
+        ("mask/reject/too_long", "rollouts", 0, _INF, "rejected: the span is too large a share of the paragraph"),
+        ("mask/reject/partial_word", "rollouts", 0, _INF, "rejected: the span cuts a word (mask_validity whole_words)"),
+        ("mask/reject/prompt_too_long", "rollouts", 0, _INF, "rejected: the prediction prompt would not fit"),
+        ("mask/length_chars", "characters", 1, _INF, "mean length of the hidden text, over masks that were predicted"),
+        ("mask/length_words", "words", 0, _INF, "mean length of the hidden text, over masks that were predicted"),
+        ("mask/occurrences", "places", 1, _INF, "mean number of times the hidden text stands in its paragraph"),
+        ("mask/stop_word_share", "share", 0, 1, "masks that hide function words only (English)"),
+        ("mask/whole_word_share", "share", 0, 1, "masks that cut no word"),
+        ("mask/distinct_share", "share", 0, 1, "different answers among a paragraph's valid masks, mean of paragraphs"),
+    ),
+    *_rows(
+        "Predictions",
+        ("prediction/format_rate", "share", 0, 1, "predictions with an answer in a box"),
+        ("prediction/near_miss_rate", "share", 0, 1, "predictions wrong by case, punctuation or spacing alone"),
+    ),
+    *_rows(
+        "Groups",
+        ("groups/all_wrong_share", "share", 0, 1, "prediction groups in which nobody was right"),
+        ("groups/all_right_share", "share", 0, 1, "prediction groups in which everybody was right"),
+        ("groups/kept_share/<role>", "share", 0, 1, "groups of the role whose rewards differ"),
+        ("num_surviving_groups", "groups", 0, _INF, "groups of both roles that the update learns from"),
+    ),
+    *_rows(
+        "Tokens",
+        ("tokens/completion", "tokens", 0, _INF, "mean length of a response"),
+        ("tokens/completion/<role>", "tokens", 0, _INF, "mean length of a response of the role"),
+        ("truncated_share/<role>", "share", 0, 1, "responses of the role cut off at the token limit"),
+        ("tokens/generated", "tokens", 0, _INF, "response tokens of the round, all rollouts"),
+        ("tokens/trained", "tokens", 0, _INF, "tokens with a loss weight, over all ranks"),
+        ("tokens/packed", "tokens", 0, _INF, "tokens through the trainer: prompts, responses and padding, all ranks"),
+    ),
+    *_rows(
+        "Update",
+        ("loss", "nats a token", -_INF, _INF, "policy loss (paper Eq. 11), or negative log-likelihood of plain text"),
+        ("grad_norm", "norm", 0, _INF, "global gradient norm before clipping"),
+        ("lr", "1", 0, _INF, "learning rate of the update"),
+        ("entropy", "nats", 0, _INF, "mean entropy of the policy on trained tokens (supervised text)"),
+        ("entropy/<role>", "nats", 0, _INF, "mean entropy of the policy on the role's trained tokens"),
+        ("mismatch_kl", "nats", 0, _INF, "KL of engine and trainer on sampled tokens (k3), under the same weights"),
+        ("mismatch/max_abs", "nats", 0, _INF, "largest difference of a token's log-prob, engine against trainer"),
+        ("clip_fraction", "share", 0, 1, "trained tokens whose ratio was clipped"),
+        ("ratio/mean", "ratio", 0, _INF, "mean probability ratio, policy to the policy that sampled"),
+        ("token_share/mask", "share", 0, 1, "mask generation's share of the trained tokens"),
+    ),
+    *_rows(
+        "Evaluation",
+        ("eval/<set>/accuracy", "share", 0, 1, "questions answered exactly; the same questions every time"),
+        ("eval/<set>/format_rate", "share", 0, 1, "answers that stand in a box"),
+    ),
+    *_rows(
+        "Time and memory",
+        ("time/rollout_s", "seconds", 0, _INF, "playing the round"),
+        ("time/score_s", "seconds", 0, _INF, "old and reference log-probs"),
+        ("time/batch_s", "seconds", 0, _INF, "packing and handing out micro-batches"),
+        ("time/train_s", "seconds", 0, _INF, "forward, backward and update"),
+        ("time/sync_s", "seconds", 0, _INF, "handing the weights to the engine"),
+        ("time/eval_s", "seconds", 0, _INF, "fixed masks"),
+        ("time/checkpoint_s", "seconds", 0, _INF, "saving after the step before this one"),
+        ("time/step_s", "seconds", 0, _INF, "from the last record to this one, all phases and what is between them"),
+        ("memory/rss_bytes", "bytes", 0, _INF, "resident memory of rank 0's process"),
+    ),
+)
+"""All metrics, in the order of `docs/metrics.md`."""
+
+
+def _expand(metric: Metric) -> tuple[Metric, ...]:
+    for place, values in _PLACES.items():
+        if place in metric.name:
+            return tuple(replace(metric, name=metric.name.replace(place, value)) for value in values)
+    return (metric,)
+
+
+METRICS: Mapping[str, Metric] = {concrete.name: concrete for row in TABLE for concrete in _expand(row)}
+"""The same by name, places filled in."""
+
+
+def check(metrics: Iterable[str]) -> None:
+    """Pass if every name is in the table.
+
+    Raises:
+        ReportError: names the strangers, and for each the nearest known name.
+
+    >>> check({"loss": 0.1, "step": 3})
+    >>> check(["mask/validrate"])
+    Traceback (most recent call last):
+    megatron_pz.errors.ReportError: Unknown metric mask/validrate (did you mean mask/valid_rate?). Give it a row ...
+    """
+    strangers = [name for name in metrics if name not in METRICS]
+    if strangers:
+        raise ReportError(
+            f"Unknown metric {', '.join(map(_with_nearest, strangers))}. "
+            "Give it a row in megatron_pz/report/metrics.py (name, unit, range, meaning), or correct the name."
+        )
+
+
+def out_of_range(metrics: Mapping[str, float | None]) -> list[str]:
+    """A sentence for each known metric whose value cannot be, e.g. a share over 1. NaN is out of every range.
+
+    >>> out_of_range({"mask/valid_rate": 1.25, "loss": -3.0})
+    ['mask/valid_rate is 1.25, range 0 to 1']
+    """
+    return [
+        f"{name} is {value:g}, range {row.low:g} to {row.high:g}"
+        for name, value in metrics.items()
+        if value is not None and (row := METRICS.get(name)) is not None and not row.low <= value <= row.high
+    ]
+
+
+def markdown() -> str:
+    """The table as `docs/metrics.md`."""
+    lines = [
+        "# Metrics",
+        "",
+        "One object a step in `metrics.jsonl` of the run directory, the same names in TensorBoard and Weights & Biases.",
+        "A metric that has nothing to speak of in a step (no prediction was made, nothing was scored) is left out.",
+        "`<role>` is `mask` (mask generation) or `prediction` (mask prediction). `<set>` is `fixed_masks` (random masks on",
+        "texts of the corpus) or `held_out` (on texts that are never trained on).",
+        "",
+        "This page is made by `python -m megatron_pz.report --list-metrics` from `megatron_pz/report/metrics.py`.",
+    ]
+    section = ""
+    for row in TABLE:
+        if row.section != section:
+            section = row.section
+            lines += ["", f"## {section}", "", "| name | unit | range | meaning |", "|---|---|---|---|"]
+        lines.append(f"| `{row.name}` | {row.unit} | {_range(row)} | {row.meaning.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines) + "\n"
+
+
+def _range(row: Metric) -> str:
+    low = "" if row.low == -_INF else f"{row.low:g}"
+    high = "" if row.high == _INF else f"{row.high:g}"
+    return f"{low} to {high}" if low and high else f"from {low}" if low else "any"
+
+
+def _with_nearest(name: str) -> str:
+    nearest = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
+    return f"{name} (did you mean {nearest[0]}?)" if nearest else name
