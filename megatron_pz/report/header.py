@@ -41,7 +41,9 @@ def _facts(run: RunFiles) -> str:
         ("Attribution", run.facts.get("attribution")),
     ]
     shown = [
-        f"<div><dt>{name}</dt><dd>{html.escape(str(value))}</dd></div>" for name, value in rows if value not in (None, "")
+        f'<div{" class=wide" if len(str(value)) > 28 else ""}><dt>{name}</dt><dd>{html.escape(str(value))}</dd></div>'
+        for name, value in rows
+        if value not in (None, "")
     ]
     return f'<dl class="facts">{"".join(shown)}</dl>' if shown else ""
 
@@ -61,7 +63,8 @@ def _layout(run: RunFiles) -> str | None:
     names = {"TP": "tensor_model", "PP": "pipeline_model", "EP": "expert_model", "CP": "context"}
     sizes = [f"{short} {parallel.get(f'{name}_parallel_size', 1)}" for short, name in names.items()]
     world_size = run.facts.get("world_size")
-    return " · ".join([*sizes, *([f"{world_size} ranks"] if world_size is not None else [])])
+    ranks = [] if world_size is None else [f"{world_size} rank{'' if world_size == 1 else 's'}"]
+    return " · ".join([*sizes, *ranks])
 
 
 def _tiles(run: RunFiles) -> str:

@@ -47,6 +47,8 @@ class Browser {
     this.next.disabled = round === this.rounds.length - 1;
     if (!keepsList) this.list.replaceChildren(...paragraphs.map((p, i) => this.item(p, i)));
     [...this.list.children].forEach((item, i) => item.setAttribute("aria-current", String(i === paragraph)));
+    const shown = this.list.children[paragraph];  // scrollIntoView would move the page too
+    this.list.scrollTop = Math.max(shown.offsetTop + shown.offsetHeight - this.list.clientHeight, Math.min(this.list.scrollTop, shown.offsetTop));
     this.drawGame(paragraphs[paragraph]);
   }
 
@@ -106,7 +108,7 @@ function maskRow(mask, isChosen, onclick) {
 }
 
 function maskDetails(mask) {
-  return mask.response === undefined || mask.response === null ? [] : responseBlock(mask, "mask response");
+  return mask.response === undefined || mask.response === null ? [] : responseBlock(mask, "mask");
 }
 
 function predictionList(mask) {
@@ -119,13 +121,13 @@ function predictionList(mask) {
       p.reject_reason && el("span", { class: "chip bad" }, words(p.reject_reason)),
       el("span", { class: "figure" }, ...figures(p, 0)),
       trainedChip(p)),
-    ...responseBlock(p, "response"))))];
+    ...responseBlock(p, "prediction"))))];
 }
 
 function figures(rollout, digits) {
   if (typeof rollout.reward !== "number") return [];
   const advantage = typeof rollout.advantage === "number" ? [" ", el("small", null, `adv. ${signed(rollout.advantage)}`)] : [];
-  return [rollout.reward.toFixed(digits), ...advantage];
+  return [el("small", null, "reward "), rollout.reward.toFixed(digits), ...advantage];
 }
 
 function trainedChip(rollout) {
@@ -140,7 +142,9 @@ function answerText(answer) {
 function responseBlock(rollout, name) {
   const text = el("pre", { class: "response" }, String(rollout.response));
   const length = typeof rollout.num_tokens === "number" ? `${rollout.num_tokens} tokens` : "";
-  if (String(rollout.response).length <= 120) return [el("p", { class: "response" }, String(rollout.response), el("span", { class: "sub" }, `  ${length}`))];
+  if (String(rollout.response).length <= 120) {
+    return [el("p", { class: "response" }, String(rollout.response), el("span", { class: "sub" }, `   ${name}, ${length}`))];
+  }
   return [el("details", null, el("summary", null, `${name}, ${length}`), text)];
 }
 

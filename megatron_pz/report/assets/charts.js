@@ -1,5 +1,5 @@
 // A chart: lines or stacked areas over steps, with a reading line that all charts share.
-const HEIGHT = 176, LEFT = 44, RIGHT = 10, TOP = 8, BOTTOM = 22;
+const HEIGHT = 176, LEFT = 46, RIGHT = 10, TOP = 8, BOTTOM = 22;
 
 class Chart {
   // spec: {title, unit, series: [{name, label, color, dashed}], stacked, log, share, zero}; columns: {name: values}.
@@ -7,9 +7,10 @@ class Chart {
     Object.assign(this, { spec, steps, columns, page });
     this.window = 1;
     this.legend = el("div", { class: "legend" });
+    this.corner = el("span", { class: "chart-unit" }, spec.unit || "");
     this.svg = svg("svg", { tabindex: 0, role: "img", "aria-label": this.describe(), height: HEIGHT });
     this.node = el("figure", { class: "chart", id: "chart-" + spec.title.toLowerCase().replace(/[^a-z0-9]+/g, "-") },
-      el("figcaption", null, el("h3", null, spec.title), el("span", { class: "chart-unit" }, spec.unit || "")),
+      el("figcaption", null, el("h3", null, spec.title), this.corner),
       this.legend, this.svg);
     this.svg.addEventListener("pointermove", (event) => page.read(this.indexAt(event)));
     this.svg.addEventListener("pointerleave", () => page.read(null));
@@ -103,6 +104,7 @@ class Chart {
     if (this.spec.stacked || this.spec.zero || this.spec.share || (low > 0 && low < 0.4 * high)) low = Math.min(0, low);
     if (low === high) [low, high] = low === 0 ? [0, 1] : [low - Math.abs(low) * 0.1, high + Math.abs(high) * 0.1];
     const gap = niceGap((high - low) / 4);
+    this.gap = gap;
     this.range = [Math.floor(low / gap + 1e-9) * gap, Math.ceil(high / gap - 1e-9) * gap];
     this.ticks = [];
     for (let i = Math.round(this.range[0] / gap); i * gap <= this.range[1] + gap / 1e6; i++) this.ticks.push(i * gap);
@@ -112,7 +114,7 @@ class Chart {
     for (const tick of this.ticks) {
       const y = this.y(tick);
       this.svg.append(svg("line", { class: "grid-line", x1: LEFT, x2: this.width - RIGHT, y1: y, y2: y }),
-        svg("text", { x: LEFT - 6, y: y + 4, "text-anchor": "end" }, this.show(tick, true)));
+        svg("text", { x: LEFT - 6, y: y + 4, "text-anchor": "end" }, this.tick(tick)));
     }
     const [first, last] = this.domain(), gap = Math.max(1, niceGap((last - first) / Math.max(2, this.width / 90)));
     for (let step = Math.ceil(first / gap) * gap; step <= last; step += gap) {
@@ -120,10 +122,18 @@ class Chart {
     }
   }
 
-  show(value, isTick) {
-    if (this.spec.share) return `${Number((value * 100).toFixed(isTick || this.page.coarse ? 0 : 1))}%`;
-    if (this.spec.unit === "bytes") return number(value / 2 ** 30) + (isTick ? "Gi" : " GiB");
+  show(value) {
+    if (this.spec.share) return `${Number((value * 100).toFixed(1))}%`;
     return number(value);
+  }
+
+  // As many digits as tell one tick from the next.
+  tick(value) {
+    if (this.log) return number(value);
+    const scale = this.spec.share ? 100 : 1;
+    const decimals = Math.max(0, -Math.floor(Math.log10(this.gap * scale) + 1e-9));
+    if (decimals > 4 || Math.abs(value) >= 1e4) return number(Math.abs(value) < this.gap / 2 ? 0 : value);
+    return (value * scale).toFixed(decimals).replace("-", "−") + (this.spec.share ? "%" : "");
   }
 
   line(series, raw, smooth) {
@@ -137,10 +147,11 @@ class Chart {
 
   areas() {
     const tops = stack(this.drawn);
+    const known = this.steps.map((_, k) => k).filter((k) => this.drawn.some((values) => values[k] !== null));
     tops.forEach((top, i) => {
       const below = i ? tops[i - 1] : top.map(() => 0);
-      const there = this.steps.map((step, k) => [this.x(step), this.y(top[k])]);
-      const back = this.steps.map((step, k) => [this.x(step), this.y(below[k])]).reverse();
+      const there = known.map((k) => [this.x(this.steps[k]), this.y(top[k])]);
+      const back = known.map((k) => [this.x(this.steps[k]), this.y(below[k])]).reverse();
       const series = this.spec.series[i];
       this.svg.append(svg("g", { class: "c-" + series.color, "data-series": series.name },
         svg("path", { class: "area", d: path([...there, ...back]) + "Z" })));
@@ -165,8 +176,8 @@ class Chart {
     if (index !== null) {
       const x = this.x(this.steps[index]);
       this.reading.prepend(svg("line", { class: "hair", x1: x, x2: x, y1: TOP, y2: HEIGHT - BOTTOM }));
-      items.unshift(el("span", null, "step ", el("b", null, String(this.steps[index]))));
     }
+    this.corner.textContent = index === null ? this.spec.unit || "" : `step ${this.steps[index]}`;
     this.legend.replaceChildren(...items);
   }
 }

@@ -46,7 +46,7 @@ const CURVES = [
         S("time/batch_s", "batch", "grey"), S("time/sync_s", "sync", "teal"), S("time/eval_s", "eval", "green"), S("time/checkpoint_s", "checkpoint", "gold")] },
     { title: "Tokens per phase", unit: "tokens a step", zero: true,
       series: [S("tokens/generated", "generated", "mask"), S("tokens/packed", "through the trainer", "prediction"), S("tokens/trained", "trained", "green")] },
-    { title: "Memory", unit: "bytes", zero: true, series: [S("memory/rss_bytes", "rank 0", "grey")] },
+    { title: "Memory", unit: "GiB", zero: true, divide: 2 ** 30, series: [S("memory/rss_bytes", "rank 0", "grey")] },
     { title: "Epoch", unit: "passes over the corpus", zero: true, series: [S("epoch", "epoch", "teal")] },
   ]],
 ];
@@ -72,7 +72,9 @@ class Curves {
   make(spec, data) {
     const hasValues = (name) => (data.columns[name] || []).some((v) => v !== null && (!spec.stacked || v !== 0));
     const series = spec.series.filter(({ name }) => hasValues(name));
-    return series.length ? new Chart({ ...spec, series }, data.steps, data.columns, this) : null;
+    const columns = {};
+    for (const { name } of series) columns[name] = data.columns[name].map((v) => (v === null ? null : v / (spec.divide || 1)));
+    return series.length ? new Chart({ ...spec, series }, data.steps, columns, this) : null;
   }
 
   draw() {

@@ -23,7 +23,7 @@ function fill(node, attributes, children) {
 function number(value) {
   const size = Math.abs(value);
   if (value === 0) return "0";
-  if (size < 1e-3) return value.toExponential(1).replace("e-", "e−");
+  if (size < 1e-3) return value.toExponential(1).replace(".0e", "e").replaceAll("-", "−");
   if (size >= 1e12) return value.toExponential(2);
   if (size >= 1e9) return trim(value / 1e9) + "G";
   if (size >= 1e6) return trim(value / 1e6) + "M";
