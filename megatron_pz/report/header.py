@@ -41,7 +41,7 @@ def _facts(run: RunFiles) -> str:
         ("Attribution", run.facts.get("attribution")),
     ]
     shown = [
-        f'<div{" class=wide" if len(str(value)) > 28 else ""}><dt>{name}</dt><dd>{html.escape(str(value))}</dd></div>'
+        f"<div{' class=wide' if len(str(value)) > 28 else ''}><dt>{name}</dt><dd>{html.escape(str(value))}</dd></div>"
         for name, value in rows
         if value not in (None, "")
     ]

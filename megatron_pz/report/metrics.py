@@ -170,10 +170,10 @@ def markdown() -> str:
     lines = [
         "# Metrics",
         "",
-        "One object a step in `metrics.jsonl` of the run directory, the same names in TensorBoard and Weights & Biases.",
+        "One object a step in `metrics.jsonl` of the run directory; TensorBoard and W&B have the same names.",
         "A metric that has nothing to speak of in a step (no prediction was made, nothing was scored) is left out.",
-        "`<role>` is `mask` (mask generation) or `prediction` (mask prediction). `<set>` is `fixed_masks` (random masks on",
-        "texts of the corpus) or `held_out` (on texts that are never trained on).",
+        "`<role>` is `mask` (mask generation) or `prediction` (mask prediction). `<set>` is `fixed_masks` (random",
+        "masks on texts of the corpus) or `held_out` (on texts that are never trained on).",
         "",
         "This page is made by `python -m megatron_pz.report --list-metrics` from `megatron_pz/report/metrics.py`.",
     ]

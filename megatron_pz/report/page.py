@@ -1,7 +1,7 @@
 """One HTML page about a run: curves and rollouts, with all data, script and style inside. It asks no network.
 
-1. Text of the corpus and of the policy is data: it stands in a JSON block in which `<` is escaped, and the script puts it
-   on the page as text. A policy in the page's head lets no other script run.
+1. Text of the corpus and of the policy is data: it stands in a JSON block in which `<` is escaped, and the script puts
+   it on the page as text. A policy in the page's head lets no other script run.
 2. The page says how much of the run it shows.
 """
 
@@ -56,7 +56,9 @@ def build_page(run_dir: Path, max_rollout_bytes: int = MAX_ROLLOUT_BYTES) -> str
         "curves_note": html.escape(curves_note(run.curves)),
         "rollouts_note": html.escape(rollouts_note(shown, run)),
         "config": html.escape(run.config_text or "config.toml is not there."),
-        "facts": html.escape(json.dumps(run.facts, indent=2, ensure_ascii=False) if run.facts else "run.json is not there."),
+        "facts": html.escape(
+            json.dumps(run.facts, indent=2, ensure_ascii=False) if run.facts else "run.json is not there."
+        ),
         "footer": html.escape(f"megatron_pz {megatron_pz.__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"),
         "data": to_script_json(data),
         "script": script,
@@ -135,7 +137,8 @@ def _count(number: int, noun: str) -> str:
 
 def _content_policy(script: str) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
-    return f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    others = "style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    return f"default-src 'none'; script-src 'sha256-{digest}'; {others}"
 
 
 def _asset(name: str) -> str:

@@ -13,9 +13,10 @@ MAX_QUESTIONS = 40
 
 
 def read_questions(path: Path, max_questions: int = MAX_QUESTIONS) -> list[dict[str, Any]]:
-    """The first questions of each set of `eval.jsonl`: `{"set", "text", "target", "answers": [{"step", "answer", "right"}]}`.
+    """The first questions of each set of `eval.jsonl`, each with its answers by step.
 
-    `text` is the masked paragraph. Rows are rollout rows (design 4) with a `set`; a question is known by its prompt.
+    `{"set", "text", "target", "answers": [{"step", "answer", "right"}]}`; `text` is the masked
+    paragraph. Rows are rollout rows (design 4) with a `set`; a question is known by its prompt.
     """
     questions: dict[tuple[str, str], dict[str, Any]] = {}
     per_set: dict[str, int] = {}

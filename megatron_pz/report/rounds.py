@@ -19,13 +19,14 @@ def tree(rows_by_step: Mapping[int, Iterable[Row]]) -> list[Node]:
 
     `spans` are (start, end) in characters (code points) of `text`. A mask that chance chose has no `response`.
     """
-    rows_by_step = {step: list(rows) for step, rows in rows_by_step.items()}
-    every = [row for rows in rows_by_step.values() for row in rows]
+    listed = {step: list(rows) for step, rows in rows_by_step.items()}
+    every = [row for rows in listed.values() for row in rows]
     frames = {
         role: find_frame(str(row.get("prompt", "")) for row in every if row.get("role") == role)
         for role in ("mask", "prediction")
     }
-    return [{"step": step, "paragraphs": _paragraphs(rows, frames)} for step, rows in rows_by_step.items()]
+    nodes = [{"step": step, "paragraphs": _paragraphs(rows, frames)} for step, rows in listed.items()]
+    return [node for node in nodes if node["paragraphs"]]
 
 
 def _paragraphs(rows: list[Row], frames: Mapping[str, Frame]) -> list[Node]:
@@ -43,7 +44,7 @@ def _paragraphs(rows: list[Row], frames: Mapping[str, Frame]) -> list[Node]:
         node["masks"].append(_mask(row, predictions.pop(row.get("mask_id"), []), text, frames))
     for own in predictions.values():  # masks that chance chose
         masked = frames["prediction"].open(str(own[0].get("prompt", "")))
-        text = masked.replace(MASK_TOKEN, own[0].get("target") or "")
+        text = masked.replace(MASK_TOKEN, str(own[0].get("target") or ""))
         key = ("random", own[0].get("paragraph_id"))
         node = played.setdefault(key, {"id": own[0].get("paragraph_id"), "text": text, "masks": []})
         node["masks"].append(_mask(None, own, node["text"], frames))
@@ -55,7 +56,8 @@ def _mask(row: Row | None, predictions: list[Row], text: str, frames: Mapping[st
     if predictions:
         node["answer"] = predictions[0].get("target") or node.get("answer")
     masked = frames["prediction"].open(str(predictions[0].get("prompt", ""))) if predictions else None
-    node["spans"] = hidden_spans(text, node.get("answer") or "", masked)
+    answer = node.get("answer")
+    node["spans"] = hidden_spans(text, answer, masked) if isinstance(answer, str) else []
     node["predictions"] = [{name: prediction.get(name) for name in _SHOWN} for prediction in predictions]
     first = row if row is not None else predictions[0]
     node["mask_id"], node["version"] = first.get("mask_id"), first.get("weight_version")

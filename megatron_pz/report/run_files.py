@@ -1,4 +1,4 @@
-"""A run directory as the page wants it: settings, facts of the machine, curves. Whatever is missing or cut off is left out."""
+"""A run directory as the page wants it: settings, facts, curves. Whatever is missing or cut off is left out."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def read_curves(path: Path, max_points: int = MAX_POINTS) -> Curves:
     columns = {name: [_number(by_step[step].get(name)) for step in steps] for name in names}
     stretch = max(1, math.ceil(len(steps) / max_points))
     if stretch > 1:
-        columns = {name: [_mean(column[i : i + stretch]) for i in _starts(steps, stretch)] for name, column in columns.items()}
+        columns = {
+            name: [_mean(column[i : i + stretch]) for i in _starts(steps, stretch)] for name, column in columns.items()
+        }
         steps = [steps[min(i + stretch, len(steps)) - 1] for i in _starts(steps, stretch)]
     return Curves(tuple(steps), columns, stretch, damage.num_lines)
 

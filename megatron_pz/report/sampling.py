@@ -1,4 +1,4 @@
-"""Which rollouts the page shows: all of a small run, evenly chosen steps of a big one, and how many that is of how many.
+"""Which rollouts the page shows: all of a small run, evenly chosen steps of a big one; and of how many that is.
 
 `rollouts.jsonl` can be tens of gigabytes, the page some megabytes. One pass finds where each step lies (the step is
 read off the head of a line, the rest is not parsed); then only chosen steps are read.
@@ -96,7 +96,7 @@ def evenly(items: list[int], n: int) -> list[int]:
 
 
 def sample(path: Path, max_bytes: int, min_steps: int = 24) -> Sample:
-    """Rows of `path` in about `max_bytes`: whole steps if that leaves `min_steps` of them, else some paragraphs of each.
+    """Rows of `path` in about `max_bytes`: whole steps if that leaves `min_steps`, else some paragraphs of each.
 
     At least one paragraph of a chosen step is kept, whatever its size.
     """

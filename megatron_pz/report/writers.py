@@ -1,4 +1,4 @@
-"""Where a step goes on record: JSON lines, TensorBoard, Weights & Biases. Rank 0 writes; readers see whole rows only."""
+"""Where a step goes on record: JSON lines, TensorBoard, Weights & Biases. Rank 0 writes, readers see whole rows."""
 
 from __future__ import annotations
 

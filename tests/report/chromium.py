@@ -43,7 +43,14 @@ class Chromium:
         self._log = (profile / "chromium.log").open("wb")
         self._process = subprocess.Popen(
             [
-                *(program, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-extensions"),
+                *(
+                    program,
+                    "--headless=new",
+                    "--no-sandbox",
+                    "--disable-gpu",
+                    "--hide-scrollbars",
+                    "--disable-extensions",
+                ),
                 *("--disable-dev-shm-usage", "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"),
             ],
             preexec_fn=place,

@@ -20,16 +20,21 @@ from megatron_pz.tasks.journal_rows import journal_rows
 from megatron_pz.tasks.registry import make_task
 
 TEXTS = (
-    "The tide rises and falls twice in most places because the Earth turns under two bulges of water, one towards the Moon and one away from it.",
-    "Bread rises when yeast eats sugar and gives off carbon dioxide, which the gluten of the dough holds back in small bubbles.",
-    "A violin has four strings, tuned in fifths; the lowest is G. Its body is made of spruce and maple, and its bow is strung with horsehair.",
-    "In 1905 Albert Einstein published four papers, among them one on the photoelectric effect and one on special relativity.",
-    "Das Wort Übermut enthält den Umlaut Ü. The German word is older than the English loan; naïve and café kept their accents too.",
-    "Mount Kilimanjaro is a dormant volcano in Tanzania. It has three cones, Kibo, Mawenzi and Shira, and is the highest mountain in Africa.",
-    "東京 is the capital of Japan 🗾, and about 14 million people live in the city; the Greater Tokyo Area holds 37 million.",
-    "A page may quote <script>document.title = 'pwned'</script> and <img src=x onerror=alert(1)> & \"more\" without any of it being run.",
+    "The tide rises and falls twice in most places because the Earth turns under two bulges of water, "
+    "one towards the Moon and one away from it.",
+    "Bread rises when yeast eats sugar and gives off carbon dioxide, which the dough holds back in small bubbles.",
+    "A violin has four strings, tuned in fifths; the lowest is G. Its body is made of spruce and maple, "
+    "and its bow is strung with horsehair.",
+    "In 1905 Albert Einstein published four papers, one of them on the photoelectric effect and one on relativity.",
+    "Das Wort Übermut enthält den Umlaut Ü. The German word is older than the English loan; "
+    "naïve and café kept their accents too.",
+    "Mount Kilimanjaro is a dormant volcano in Tanzania. It has three cones, Kibo, Mawenzi and Shira, "
+    "and is the highest mountain in Africa.",
+    "東京 is the capital of Japan 🗾, and about 14 million people live in the city; "
+    "the Greater Tokyo Area holds 37 million.",
+    "A page may quote <script>document.title = 'pwned'</script> and <img src=x onerror=alert(1)> & \"more\" "
+    "without any of it being run.",
 )
-SCORED = "reward/prediction/mean"
 
 
 def record(run_dir: Path, num_steps: int = 40, *, texts: tuple[str, ...] = TEXTS, task: str = "pretrain_zero") -> Path:
@@ -45,7 +50,9 @@ def record(run_dir: Path, num_steps: int = 40, *, texts: tuple[str, ...] = TEXTS
         values: dict[str, float] = {}
         if step:
             chosen = [paragraph(texts[(step + i) % len(texts)], f"notes:{(step + i) % len(texts)}") for i in range(4)]
-            engine = TableEngine(lambda prompt, params, skill=skill: _reply(prompt, params.seed, skill, texts), tokenizer)
+            engine = TableEngine(
+                lambda prompt, params, skill=skill: _reply(prompt, params.seed, skill, texts), tokenizer
+            )
             groups = game.groups(asyncio.run(game.play(chosen, engine, (7, step))), step)
             writer.rollouts(journal_rows(groups, step, weight_version=step - 1))
             values = game.health(groups) | _of_the_trainer(step, num_steps, random.Random(step))
@@ -61,12 +68,14 @@ def _reply(prompt: str, seed: int, skill: float, texts: tuple[str, ...]) -> str:
     draw = random.Random(seed)
     if prompt.startswith("<gen>"):
         kind = draw.random()
-        if kind > 0.75 + 0.3 * skill:
-            return draw.choice(["I would hide nothing here.", r"\mask{Zanzibar}", r"\mask{}", "\\mask{" + prompt[5:] + "}"])
+        if kind > 0.65 + 0.25 * skill:
+            return draw.choice(
+                ["I would hide nothing here.", r"\mask{Zanzibar}", r"\mask{}", "\\mask{" + prompt[5:] + "}"]
+            )
         tokens = prompt[5:].split()
         start = draw.randrange(len(tokens))
         span = " ".join(tokens[start : start + draw.choice((1, 1, 2))]).strip(".,;")
-        thought = "This span can be worked out from what stands around it. " * draw.choice((0, 0, 0, 4))
+        thought = "This span can be worked out from what stands around it. " * draw.choice((0, 0, 0, 2))
         return thought + f"\\mask{{ {span}}}"
     masked = prompt[len("<pred>") :]
     before, _, behind = masked.partition("[mask]")
@@ -116,7 +125,12 @@ def _evaluate(writer: RunWriter, step: int, skill: float, texts: tuple[str, ...]
             target = text.split()[1]
             answer = target if random.Random(f"{name}{number}").random() < share else "water"
             rows.append(
-                {"step": step, "set": name, "role": "prediction", "prompt": "<pred>" + text.replace(target, "[mask]", 1)}
+                {
+                    "step": step,
+                    "set": name,
+                    "role": "prediction",
+                    "prompt": "<pred>" + text.replace(target, "[mask]", 1),
+                }
                 | {"target": target, "answer": answer, "reward": float(answer == target), "valid": True}
             )
         writer.evaluation(rows)

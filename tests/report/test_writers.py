@@ -98,7 +98,9 @@ def test_a_place_that_cannot_be_written_is_a_disk_error(tmp_path):
 def test_wandb_is_asked_for_only_when_wanted(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # Python's own way to say: not installed
     RunWriter(tmp_path, tensorboard=False).close()
-    with pytest.raises(ConfigError, match="wandb_project is 'zero' and wandb is not installed. Run `pip install wandb`"):
+    with pytest.raises(
+        ConfigError, match="wandb_project is 'zero' and wandb is not installed. Run `pip install wandb`"
+    ):
         RunWriter(tmp_path, tensorboard=False, wandb_project="zero")
 
 
@@ -108,7 +110,9 @@ def test_wandb_gets_the_same_figures_and_a_continued_run_its_own_curves(tmp_path
     monkeypatch.syspath_prepend(str(tmp_path / "lib"))
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     for step in (1, 2):
-        writer = RunWriter(tmp_path / "run", step - 1, tensorboard=False, wandb_project="zero", wandb_config={"seed": 1})
+        writer = RunWriter(
+            tmp_path / "run", step - 1, tensorboard=False, wandb_project="zero", wandb_config={"seed": 1}
+        )
         writer.metrics(step, {"loss": 0.5})
         writer.close()
     monkeypatch.delitem(sys.modules, "wandb")

@@ -69,7 +69,7 @@ class Browser {
     this.game.replaceChildren(passage(paragraph, chosen),
       el("p", { class: "source" }, String(paragraph.id), mask.version === null || mask.version === undefined ? "" : ` · policy version ${mask.version}`),
       el("h3", null, paragraph.masks.some((m) => m.response !== undefined) ? "Masks" : "Masks, chosen by chance"), rows,
-      ...maskDetails(mask), ...predictionList(mask));
+      ...responseBlock(mask, "mask"), ...predictionList(mask));
     if (hadFocus) rows.children[chosen].focus();
   }
 }
@@ -107,10 +107,6 @@ function maskRow(mask, isChosen, onclick) {
     el("span", null, mask.trained === undefined ? null : trainedChip(mask)));
 }
 
-function maskDetails(mask) {
-  return mask.response === undefined || mask.response === null ? [] : responseBlock(mask, "mask");
-}
-
 function predictionList(mask) {
   if (!mask.predictions.length) return [el("p", { class: "note" }, "Nobody was asked for this mask.")];
   const head = el("h3", null, "Predictions of ", el("span", { class: "quoted" }, `“${mask.answer}”`));
@@ -140,10 +136,11 @@ function answerText(answer) {
 
 // A short response stands open; a long one (with thinking) is folded.
 function responseBlock(rollout, name) {
-  const text = el("pre", { class: "response" }, String(rollout.response));
+  if (typeof rollout.response !== "string") return [];
+  const text = el("pre", { class: "response" }, rollout.response);
   const length = typeof rollout.num_tokens === "number" ? `${rollout.num_tokens} tokens` : "";
-  if (String(rollout.response).length <= 120) {
-    return [el("p", { class: "response" }, String(rollout.response), el("span", { class: "sub" }, `   ${name}, ${length}`))];
+  if (rollout.response.length <= 120) {
+    return [el("p", { class: "response" }, rollout.response, el("span", { class: "sub" }, `   ${name}, ${length}`))];
   }
   return [el("details", null, el("summary", null, `${name}, ${length}`), text)];
 }
