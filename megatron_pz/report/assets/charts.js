@@ -118,7 +118,8 @@ class Chart {
     }
     const [first, last] = this.domain(), gap = Math.max(1, niceGap((last - first) / Math.max(2, this.width / 90)));
     for (let step = Math.ceil(first / gap) * gap; step <= last; step += gap) {
-      this.svg.append(svg("text", { x: this.x(step), y: HEIGHT - 5, "text-anchor": "middle" }, number(step)));
+      const x = this.x(step), isCutOff = x + 3.5 * number(step).length > this.width;
+      this.svg.append(svg("text", { x: isCutOff ? this.width : x, y: HEIGHT - 5, "text-anchor": isCutOff ? "end" : "middle" }, number(step)));
     }
   }
 

@@ -84,6 +84,7 @@ class Curves {
   }
 
   read(index) {
+    if (index === this.index) return;
     this.index = index;
     for (const chart of this.charts) chart.read(index);
   }

@@ -1,20 +1,19 @@
 (function main() {
   const data = JSON.parse(document.getElementById("data").textContent);
   const byId = (id) => document.getElementById(id);
+  const asked = location.hash;
   let browser = null;
   if (data.rounds.length) {
     browser = new Browser(byId("browser"), data.rounds);
     const fromAddress = () => {
-      const asked = new URLSearchParams(location.hash.slice(1));
-      if (!asked.has("step")) return;
+      const place = new URLSearchParams(location.hash.slice(1));
+      if (!place.has("step")) return;
       const more = {};
-      for (const name of ["paragraph", "mask"]) if (asked.has(name)) more[name] = Number(asked.get(name)) || 0;
-      browser.goToStep(Number(asked.get("step")) || 0, more);
+      for (const name of ["paragraph", "mask"]) if (place.has(name)) more[name] = Number(place.get(name)) || 0;
+      browser.goToStep(Number(place.get("step")) || 0, more);
     };
     browser.go({}, true);
-    const jumped = location.hash;
     fromAddress();
-    if (jumped.startsWith("#step=")) byId("rollouts").scrollIntoView();
     addEventListener("hashchange", fromAddress);
   }
   if (data.steps.length) {
@@ -34,6 +33,8 @@
         el("summary", null, `${words(set)}: ${own.length} questions`), own.map(question)));
     }
   }
+  // Only now has the page its full height.
+  if (asked.startsWith("#step=")) byId("rollouts").scrollIntoView({ behavior: "instant" });
   document.body.dataset.ready = "yes";
 
   function question(q) {
