@@ -1,0 +1,44 @@
+"""Rewarded groups made trainable: the response's tokens carry the loss, the prompt's do not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_pz.types import Group, Role, Rollout, Sample
+
+
+def to_samples(
+    groups: Sequence[Group], *, generator_weight: float = 1.0, predictor_weight: float = 1.0
+) -> list[Sample]:
+    """One sample for each rollout of the groups that are trained, in their order.
+
+    A role of weight 0 is left out, as is a response without a token: neither would change a gradient.
+
+    Args:
+        groups: of both roles; those with `trained` false are passed over.
+        generator_weight: loss weight of mask-generation tokens.
+        predictor_weight: loss weight of mask-prediction tokens.
+
+    Source: paper.md 2.7, with a weight for each role.
+    """
+    weights = {Role.GENERATOR: generator_weight, Role.PREDICTOR: predictor_weight}
+    return [
+        _sample(rollout, advantage, group.id, weights[group.role])
+        for group in groups
+        if group.trained and weights[group.role] > 0
+        for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
+        if rollout.completion.token_ids
+    ]
+
+
+def _sample(rollout: Rollout, advantage: float, group_id: str, weight: float) -> Sample:
+    completion = rollout.completion
+    prompt_zeros = (0.0,) * len(completion.prompt_ids)
+    return Sample(
+        token_ids=(*completion.prompt_ids, *completion.token_ids),
+        loss_weights=(*prompt_zeros, *(weight for _ in completion.token_ids)),
+        rollout_log_probs=(*prompt_zeros, *completion.logprobs),
+        advantage=advantage,
+        role=rollout.role,
+        group_id=group_id,
+    )

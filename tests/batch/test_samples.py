@@ -1,0 +1,49 @@
+"""Rewarded groups made trainable."""
+
+from dataclasses import replace
+
+from builders import group, rollout
+
+from megatron_pz.batch.samples import to_samples
+from megatron_pz.types import Completion, Role
+
+
+def _group(role: Role, group_id: str = "1.0.0"):
+    return group([rollout(role, 1.0, group_id=group_id), rollout(role, 0.0, group_id=group_id)])
+
+
+def test_the_response_carries_the_weight_and_the_engine_s_log_probs_and_the_prompt_none():
+    made = replace(rollout(), completion=Completion((5, 9), (7, 1), (-0.3, -0.1), "stop"))
+    pair = group([made, rollout(reward=0.0)])
+
+    sample = to_samples([pair], predictor_weight=0.5)[0]
+
+    assert sample.token_ids == (5, 9, 7, 1)
+    assert sample.loss_weights == (0, 0, 0.5, 0.5)
+    assert sample.rollout_log_probs == (0, 0, -0.3, -0.1)
+    assert sample.role is Role.PREDICTOR
+    assert sample.group_id == pair.id
+
+
+def test_advantages_follow_their_rollouts():
+    pair = _group(Role.PREDICTOR)
+    assert [s.advantage for s in to_samples([pair])] == list(pair.advantages)
+    assert pair.advantages[0] > 0 > pair.advantages[1]
+
+
+def test_only_trained_groups_give_samples_and_in_their_order():
+    masks, predictions = _group(Role.GENERATOR, "a"), _group(Role.PREDICTOR, "b")
+    dropped = replace(_group(Role.PREDICTOR, "c"), trained=False)
+    assert [s.group_id for s in to_samples([masks, dropped, predictions])] == ["a", "a", "b", "b"]
+
+
+def test_each_role_has_its_weight_and_a_role_of_weight_zero_is_left_out():
+    groups = [_group(Role.GENERATOR), _group(Role.PREDICTOR)]
+    samples = to_samples(groups, generator_weight=3.0, predictor_weight=0.25)
+    assert [max(s.loss_weights) for s in samples] == [3.0, 3.0, 0.25, 0.25]
+    assert {s.role for s in to_samples(groups, generator_weight=0.0)} == {Role.PREDICTOR}
+
+
+def test_a_response_without_tokens_gives_no_sample():
+    empty = replace(rollout(reward=0.0), completion=Completion((5, 9), (), (), "abort"))
+    assert len(to_samples([group([rollout(), empty])])) == 1
