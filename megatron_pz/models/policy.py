@@ -1,0 +1,212 @@
+"""The policy: Megatron's GPTModel that answers with log-probabilities instead of logits.
+
+Shapes: T packed tokens, H hidden size, V vocabulary of the tokenizer, s new tokens of a decode step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_pz.config.schema import Config
+from megatron_pz.models.family import Family, HfConfig, ModelFields
+from megatron_pz.models.logprobs import token_log_probs
+from megatron_pz.models.names import TensorShape
+from megatron_pz.models.random_init import initialize
+from megatron_pz.models.registry import family as family_of
+from megatron_pz.models.rotary import PositionedRotaryEmbedding
+from megatron_pz.models.transformer import padded_vocab_size, transformer_config
+from megatron_pz.platform.base import Platform
+from megatron_pz.platform.cpu_layers import KeyValueCache
+
+
+class PolicyModel(GPTModel):
+    """One pipeline stage of the policy. Carries its `family` and `hf_config`, so that weights can be named."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        spec: Any,
+        family: Family,
+        hf_config: HfConfig,
+        fields: ModelFields,
+        shape: TensorShape,
+        *,
+        chunk_tokens: int,
+        **stage: Any,
+    ) -> None:
+        super().__init__(
+            config,
+            spec,
+            vocab_size=shape.padded_vocab_size,
+            max_sequence_length=fields.max_position_embeddings,
+            position_embedding_type="rope",
+            rotary_base=fields.rotary_base,
+            share_embeddings_and_output_weights=fields.tie_word_embeddings,
+            **stage,
+        )
+        self.family = family
+        self.hf_config = dict(hf_config)
+        self.tensor_shape = shape
+        self.chunk_tokens = chunk_tokens
+        self.rotary_pos_emb = PositionedRotaryEmbedding(
+            kv_channels=config.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=fields.rotary_base,
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=self.pg_collection.cp,
+            scaling=fields.rope_scaling,
+        )
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: PackedSeqParams | None = None,
+        labels: Tensor | None = None,
+        temperature: float = 1.0,
+        logits_at: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """What this stage knows of the tokens.
+
+        Args:
+            input_ids: int64 [1, T].
+            position_ids: int64 [1, T]; rotary positions come from `packed_seq_params`, or from `decoding`.
+            attention_mask: None, attention is causal.
+            packed_seq_params: sequences in the row, from `Platform.packed_seq_params`; None: the row is one sequence.
+            labels: int64 [1, T], the token after each; None: logits are wanted.
+            temperature: logits are divided by it before the log-softmax (with `labels` only).
+            logits_at: int64 [n], positions in the row whose logits are wanted; None: all.
+
+        Returns:
+            Stages before the last: hidden states, for the next. Last stage with labels: float32 [2, T], log-probability
+            of each label and entropy (no gradient) of its distribution. Last stage without: logits [1, T or n, V], whole
+            on every tensor-parallel rank.
+        """
+        hidden = super().forward(
+            input_ids, position_ids, attention_mask, packed_seq_params=packed_seq_params, **kwargs
+        )
+        if not self.post_process:
+            return hidden
+        hidden = self._whole(hidden)
+        if labels is None:
+            return self._logits(hidden if logits_at is None else hidden[logits_at])
+        log_probs, entropy = token_log_probs(
+            hidden.squeeze(1),
+            self._head_weight(),
+            labels.squeeze(0),
+            temperature=temperature,
+            vocab_size=self.tensor_shape.vocab_size,
+            chunk_tokens=self.chunk_tokens,
+            tp_group=self.pg_collection.tp,
+        )
+        return torch.stack([log_probs, entropy])
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Hidden states as they are: `forward` has its own head."""
+        return hidden_states
+
+    def _head_weight(self) -> Tensor:
+        """Rows of the output layer on this rank, [padded V / tp, H]."""
+        is_shared = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if is_shared else self.output_layer.weight
+
+    def _whole(self, hidden: Tensor) -> Tensor:
+        """All T hidden states on every tensor-parallel rank; their gradients are summed over the ranks' vocabularies."""
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
+        return copy_to_tensor_model_parallel_region(hidden, group=group)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits [b, s, V] of hidden states [s, b, H]; the vocabulary's padding is cut off."""
+        logits = F.linear(hidden, self._head_weight())
+        logits = gather_from_tensor_model_parallel_region(logits, group=self.pg_collection.tp)
+        return logits[..., : self.tensor_shape.vocab_size].transpose(0, 1)
+
+    @contextmanager
+    def decoding(self, cache: KeyValueCache, positions: Tensor) -> Iterator[None]:
+        """Within the block every forward adds s new tokens to `cache`, each at its own position.
+
+        Forwards in the block take `input_ids` [1, s] (s tokens of any rows, in the order the cache expects) and no
+        `packed_seq_params`.
+
+        Args:
+            cache: answers for attention, layer by layer.
+            positions: int64 [s] on the model's device.
+        """
+        attentions = [layer.self_attention.core_attention for layer in self.decoder.layers]
+        try:
+            self.rotary_pos_emb.positions = positions
+            for attention in attentions:
+                attention.cache = cache
+            yield
+        finally:
+            self.rotary_pos_emb.positions = None
+            for attention in attentions:
+                attention.cache = None
+
+
+def build_policy(
+    hf_config: HfConfig,
+    config: Config,
+    platform: Platform,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+) -> PolicyModel:
+    """One stage of the policy on the platform's device, weights random (by `train.seed`, equal in every layout).
+
+    Megatron's parallel state must be initialised. With `init = "pretrained"` weights are Megatron's own random ones
+    until `checkpoint.hf_import.load_hf_weights` has run.
+
+    Args:
+        hf_config: config.json of the model.
+        config: sections model, parallel, train and transformer are read.
+        platform: gives layers, device and the flags that depend on them.
+        pre_process: this stage has the embedding.
+        post_process: this stage has the head.
+        vp_stage: number of the virtual stage, None without interleaving.
+
+    Raises:
+        ModelError: the family is unknown, or config.json is not as it needs.
+        ConfigError: `[transformer]` has an unknown name, or the layers asked for cannot be had here.
+        LayoutError: the layout does not divide the model.
+    """
+    family = family_of(hf_config)
+    fields = family.model_fields(hf_config)
+    transformer = transformer_config(family, hf_config, config, platform)
+    padded = padded_vocab_size(
+        fields.vocab_size, config.model.make_vocab_size_divisible_by, transformer.tensor_model_parallel_size
+    )
+    model = PolicyModel(
+        transformer,
+        platform.layer_spec(transformer, vp_stage),
+        family,
+        hf_config,
+        fields,
+        TensorShape(transformer.num_query_groups, transformer.kv_channels, fields.vocab_size, padded),
+        chunk_tokens=config.train.log_prob_chunk_tokens,
+        pre_process=pre_process,
+        post_process=post_process,
+        vp_stage=vp_stage,
+    )
+    if config.model.init == "random":
+        initialize(model, config.train.seed)
+    return model.to(platform.device)

@@ -1,0 +1,130 @@
+"""From a config.json and the settings of a run to Megatron's `TransformerConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from importlib.metadata import version
+from typing import Any
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from packaging.version import Version
+
+from megatron_pz.config.schema import Config, ParallelConfig
+from megatron_pz.errors import ConfigError, LayoutError
+from megatron_pz.models.family import Family, HfConfig
+from megatron_pz.platform.base import Platform, torch_dtype
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_model_parallel_size: int) -> int:
+    """The smallest multiple of `divisible_by * tensor_model_parallel_size` that holds the vocabulary."""
+    multiple = divisible_by * tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def layout_fields(parallel: ParallelConfig, num_experts: int) -> dict[str, Any]:
+    """`TransformerConfig` fields of the layout.
+
+    Args:
+        num_experts: of a MoE layer, 0 for a dense model.
+    """
+    tensor = parallel.tensor_model_parallel_size
+    return {
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size or (1 if num_experts else tensor),
+        "context_parallel_size": parallel.context_parallel_size,
+        # Megatron asserts tensor_model_parallel_size > 1; with one rank there is nothing to shard.
+        "sequence_parallel": parallel.sequence_parallel and tensor > 1,
+        # Packed micro-batches differ in length; later stages learn the length from the one before.
+        "variable_seq_lengths": parallel.pipeline_model_parallel_size > 1,
+    }
+
+
+def check_layout(fields: dict[str, Any], parallel: ParallelConfig) -> None:
+    """Stop where the layout does not divide the model.
+
+    Raises:
+        LayoutError: naming the size, what it must divide and what would do.
+    """
+    tensor, groups = parallel.tensor_model_parallel_size, fields["num_query_groups"]
+    experts = fields.get("num_moe_experts") or 0
+    faults = []
+    if groups % tensor and tensor % groups:
+        faults.append(f"tensor_model_parallel_size is {tensor}; it must divide the model's {groups} query groups")
+    for name in ("num_attention_heads", "ffn_hidden_size"):
+        if fields[name] % tensor:
+            faults.append(f"tensor_model_parallel_size is {tensor}; it must divide {name} = {fields[name]}")
+    if fields["num_layers"] % parallel.pipeline_model_parallel_size:
+        faults.append(
+            f"pipeline_model_parallel_size is {parallel.pipeline_model_parallel_size}; "
+            f"it must divide num_layers = {fields['num_layers']}"
+        )
+    if parallel.expert_model_parallel_size > 1 and (not experts or experts % parallel.expert_model_parallel_size):
+        faults.append(
+            f"expert_model_parallel_size is {parallel.expert_model_parallel_size}; it must divide the model's "
+            f"{experts} experts" + ("" if experts else " (a dense model: 1)")
+        )
+    if faults:
+        raise LayoutError("parallel: " + "; ".join(faults) + ".")
+
+
+def checked_overrides(overrides: dict[str, Any], owned: dict[str, str]) -> dict[str, Any]:
+    """The `[transformer]` table, once every name in it is known.
+
+    Args:
+        owned: fields that another section sets, with that section's name.
+
+    Raises:
+        ConfigError: a name is no field of `TransformerConfig`, or belongs to another section.
+    """
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    for name in overrides:
+        if name in owned:
+            raise ConfigError(f"transformer.{name} is set by [{owned[name]}]; set it there.")
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise ConfigError(f"transformer.{name} is no field of Megatron-Core's TransformerConfig{hint}")
+    return dict(overrides)
+
+
+def transformer_config(family: Family, hf: HfConfig, config: Config, platform: Platform) -> TransformerConfig:
+    """Megatron's configuration of the model: config.json, then the machine, the layout, and last `[transformer]`.
+
+    Raises:
+        ConfigError: `[transformer]` has an unknown name, or Megatron refuses the whole.
+        LayoutError: the layout does not divide the model.
+        ModelError: config.json lacks a field or uses one that is not supported.
+    """
+    fields = family.transformer_fields(hf)
+    check_layout(fields, config.parallel)
+    layout = layout_fields(config.parallel, fields.get("num_moe_experts") or 0)
+    dtype = torch_dtype(config.model.params_dtype)
+    is_half = config.model.params_dtype == "bfloat16"
+    precision = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": is_half}
+    owned = dict.fromkeys(layout, "parallel") | dict.fromkeys(precision, "model")
+    overrides = checked_overrides(config.transformer, owned)
+    if fields.get("num_moe_experts"):
+        fields["moe_router_dtype"] = "fp32" if is_half else None
+        if overrides.get("moe_aux_loss_coeff"):
+            fields["moe_router_load_balancing_type"] = "aux_loss"
+    defaults = platform.transformer_defaults(overrides.get("transformer_impl"))
+    merged = {**fields, **defaults, **layout, **precision, "calculate_per_token_loss": True, **overrides}
+    _correct_aux_loss(merged)
+    try:
+        return TransformerConfig(**merged)
+    except (AssertionError, ValueError, TypeError) as error:
+        raise ConfigError(f"Megatron-Core refuses this model and layout: {error}") from error
+
+
+def _correct_aux_loss(fields: dict[str, Any]) -> None:
+    """Undo a fault of megatron-core below 0.19: under sequence parallelism with a per-token loss it scales the router's
+    auxiliary loss by the tokens of one sequence shard, which makes the gradient smaller by the tensor-parallel size."""
+    coefficient = fields.get("moe_aux_loss_coeff")
+    if not coefficient or not fields["sequence_parallel"] or Version(version("megatron-core")) >= Version("0.19"):
+        return
+    size = fields["tensor_model_parallel_size"]
+    is_list = isinstance(coefficient, list)
+    fields["moe_aux_loss_coeff"] = [size * value for value in coefficient] if is_list else size * coefficient

@@ -1,0 +1,57 @@
+"""What the main loop works with, each part ready to use. Made by `train.launch`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_pz.corpus.cursor import Cursor
+from megatron_pz.engine.base import Engine
+from megatron_pz.report.timers import Timers
+from megatron_pz.train.learn import Learner
+from megatron_pz.train.play import Player, Round
+from megatron_pz.train.signals import StopSignals
+from megatron_pz.train.state import RunState
+from megatron_pz.train.step import Trainer
+from megatron_pz.types import Paragraph, UpdatePlan, UpdateResult
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Paragraphs in a seeded order that any position can be asked for."""
+
+    paragraphs: Sequence[Paragraph]
+    cursor: Cursor
+
+    def take(self, position: int, n: int) -> list[Paragraph]:
+        """The `n` paragraphs from `position` on, counted in draws since the run began."""
+        return [self.paragraphs[index] for index in self.cursor.take(position, n)]
+
+
+class Journal(Protocol):
+    def write(
+        self,
+        step: int,
+        played: Round | None,
+        update: UpdateResult | None,
+        scores: Mapping[str, float],
+        timers: Timers,
+    ) -> None:
+        """Put a step on record: `metrics.jsonl`, `rollouts.jsonl`, TensorBoard, the console. Rank 0 writes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    corpus: Corpus
+    player: Player
+    deal: Callable[[Round | None, int], list[UpdatePlan]]
+    learner: Learner
+    trainer: Trainer
+    engine: Engine
+    evaluate: Callable[[int], Mapping[str, float]]
+    journal: Journal
+    save: Callable[[RunState], None]
+    signals: StopSignals
+    timers: Timers
