@@ -1,0 +1,113 @@
+"""What an update minimises: a sum over tokens, to be divided by the step's token count (docs/decisions/0001).
+
+1. A token of weight 0 has no part in loss, gradient or statistics, whatever its numbers are.
+2. Log-ratios are clamped before they are exponentiated: one very rare token must not make the loss infinite.
+
+Shapes: T packed tokens. Statistics are float64 sums over trained tokens (weight above 0), without gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_LOG_RATIO = 20.0
+"""Nats; exp(20) = 4.9e8 is far outside every clip range and far inside float32."""
+
+
+def policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    eps_clip: float,
+    eps_clip_high: float,
+    dual_clip: float = 0.0,
+    ref_log_probs: Tensor | None = None,
+    kl_coef: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped objective, negated, and what it did.
+
+    Args:
+        log_probs: float32 [T], under the policy that learns; the only argument with a gradient.
+        old_log_probs: float32 [T], under the policy that sampled.
+        advantages: float32 [T].
+        weights: float32 [T], not negative.
+        eps_clip: ratios below 1 - eps_clip earn nothing more where the advantage is negative.
+        eps_clip_high: ratios above 1 + eps_clip_high earn nothing more where the advantage is positive (clip-higher).
+        dual_clip: where the advantage A is negative the loss is at most -dual_clip * A; above 1, or 0 for off.
+        ref_log_probs: float32 [T], under the reference policy; None: no KL term.
+        kl_coef: weight of the KL to the reference, estimated a token by exp(d) - 1 - d, d = ref_log_probs - log_probs.
+
+    Returns:
+        (sum of weights * loss, scalar; sums: `ratio`, `clipped` tokens whose gradient the clip took away, `ref_kl`).
+
+    Source: paper Eq. 11 by tokens (paper.md 2.7); clip-higher: DAPO; dual clip: Ye et al. 2020; k3: Schulman 2020.
+    """
+    is_trained = weights > 0
+    ratio = (_kept(log_probs - old_log_probs, is_trained)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    advantages = _kept(advantages, is_trained)
+    free = ratio * advantages
+    gain = torch.minimum(free, ratio.clamp(1 - eps_clip, 1 + eps_clip_high) * advantages)
+    if dual_clip > 0:
+        gain = torch.where(advantages < 0, torch.maximum(gain, dual_clip * advantages), gain)
+    loss = -gain
+    stats = {"ratio": _sum(ratio, is_trained), "clipped": _sum(gain != free, is_trained)}
+    if ref_log_probs is not None:
+        ref_kl = k3(_kept(ref_log_probs - log_probs, is_trained))
+        loss = loss + kl_coef * ref_kl
+        stats["ref_kl"] = _sum(ref_kl, is_trained)
+    return (_kept(weights, is_trained) * loss).sum(), stats
+
+
+def supervised_loss(log_probs: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Negative log-likelihood, summed with `weights`; both float32 [T]."""
+    return -(weights * _kept(log_probs, weights > 0)).sum(), {}
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """exp(d) - 1 - d of d = log(q / p): an estimate of KL(p || q) by samples of p that is never negative."""
+    clamped = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return torch.expm1(clamped) - clamped
+
+
+def token_sums(
+    log_probs: Tensor, rollout_log_probs: Tensor | None, entropy: Tensor, weights: Tensor, is_generator: Tensor
+) -> dict[str, Tensor]:
+    """What was trained on, and how far engine and trainer are apart.
+
+    Args:
+        log_probs: [T] of the trainer, under the weights that sampled.
+        rollout_log_probs: [T] of the engine; None for supervised text.
+        entropy: [T], nats.
+        weights: [T].
+        is_generator: bool [T].
+
+    Returns:
+        Sums `tokens`, `packed`, `tokens_mask`, `entropy_mask`, `entropy_prediction` (all that is not mask generation),
+        `mismatch_k3`; and `max_mismatch`, no sum but the largest.
+    """
+    is_trained = weights > 0
+    is_mask = is_trained & is_generator
+    sums = {
+        "tokens": _sum(is_trained, is_trained),
+        "packed": torch.tensor(float(weights.numel()), dtype=torch.float64, device=weights.device),
+        "tokens_mask": _sum(is_mask, is_mask),
+        "entropy_mask": _sum(entropy, is_mask),
+        "entropy_prediction": _sum(entropy, is_trained & ~is_generator),
+    }
+    if rollout_log_probs is not None:
+        gap = _kept(log_probs.detach() - rollout_log_probs, is_trained)
+        sums["mismatch_k3"] = _sum(k3(gap), is_trained)
+        sums["max_mismatch"] = gap.abs().max().double()
+    return sums
+
+
+def _kept(values: Tensor, is_trained: Tensor) -> Tensor:
+    """`values` where trained, 0 elsewhere; also the gradient, and also where a value is not finite."""
+    return torch.where(is_trained, values, torch.zeros_like(values))
+
+
+def _sum(values: Tensor, chosen: Tensor) -> Tensor:
+    return _kept(values.detach().double(), chosen).sum()

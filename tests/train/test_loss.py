@@ -1,0 +1,132 @@
+"""The objective by hand. Ratios are made exact: old log-probs are log_probs - log(ratio)."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_pz.train.loss import k3, policy_loss, supervised_loss, token_sums
+
+CLIPS = {"eps_clip": 0.2, "eps_clip_high": 0.28}
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def loss_of(ratios, advantages, weights=None, **settings):
+    """(loss, gradient by log-prob, statistics) of tokens with these ratios."""
+    log_probs = torch.full((len(ratios),), -1.0, requires_grad=True)
+    old = -1.0 - tensor(*ratios).log()
+    weights = tensor(*(weights or [1.0] * len(ratios)))
+    loss, stats = policy_loss(log_probs, old, tensor(*advantages), weights, **{**CLIPS, **settings})
+    loss.backward()
+    return loss.item(), log_probs.grad.tolist(), {name: value.item() for name, value in stats.items()}
+
+
+def test_without_clipping_the_loss_is_minus_ratio_times_advantage():
+    loss, grad, stats = loss_of([1.0, 1.1, 0.9], [2.0, 1.0, -1.0])
+    assert loss == pytest.approx(-(2.0 + 1.1 - 0.9), rel=1e-6)
+    assert grad == pytest.approx([-2.0, -1.1, 0.9], rel=1e-6)
+    assert stats == {"ratio": pytest.approx(3.0), "clipped": 0}
+
+
+def test_the_upper_clip_is_higher_than_the_lower_one():
+    # 1.25 is inside 1.28, 1.5 is cut to 1.28 and 0.5 (negative advantage) to 0.8; clipped tokens have no gradient.
+    loss, grad, stats = loss_of([1.25, 1.5, 0.5], [1.0, 1.0, -1.0])
+    assert loss == pytest.approx(-1.25 - 1.28 + 0.8, rel=1e-6)
+    assert grad == pytest.approx([-1.25, 0, 0], rel=1e-6)
+    assert stats["clipped"] == 2
+
+
+def test_the_clip_does_not_protect_against_what_is_worse():
+    # Already too likely though bad, already too unlikely though good: the gradient stays whole.
+    loss, grad, stats = loss_of([1.5, 0.5], [-1.0, 1.0])
+    assert loss == pytest.approx(1.5 - 0.5, rel=1e-6)
+    assert grad == pytest.approx([1.5, -0.5], rel=1e-6)
+    assert stats["clipped"] == 0
+
+
+def test_dual_clip_bounds_the_loss_of_a_bad_token():
+    loss, grad, stats = loss_of([20.0, 20.0, 2.0], [-1.0, 1.0, -1.0], dual_clip=10.0)
+    assert loss == pytest.approx(10.0 - 1.28 + 2.0, rel=1e-6)
+    assert grad == pytest.approx([0, 0, 2.0], rel=1e-6)
+    assert stats["clipped"] == 2
+    assert loss_of([20.0], [-1.0])[0] == pytest.approx(20.0, rel=1e-6)
+
+
+def test_weights_scale_tokens_and_zero_takes_them_out():
+    loss, grad, stats = loss_of([1.0, 1.0, 5.0], [1.0, 1.0, 1.0], weights=[0.5, 2.0, 0.0])
+    assert loss == pytest.approx(-2.5)
+    assert grad == pytest.approx([-0.5, -2.0, 0])
+    assert stats == {"ratio": pytest.approx(2.0), "clipped": 0}
+
+
+def test_the_kl_to_the_reference_by_hand():
+    log_probs = tensor(-1.0, -1.0).requires_grad_()
+    reference = tensor(-1.0 + math.log(2), -1.0)  # d = log 2: k3 = 2 - 1 - log 2
+    loss, stats = policy_loss(
+        log_probs, log_probs.detach(), tensor(0, 0), tensor(1, 1), **CLIPS, ref_log_probs=reference, kl_coef=0.5
+    )
+    loss.backward()
+    assert stats["ref_kl"].item() == pytest.approx(1 - math.log(2), rel=1e-6)
+    assert loss.item() == pytest.approx(0.5 * (1 - math.log(2)), rel=1e-6)
+    assert log_probs.grad.tolist() == pytest.approx([0.5 * (1 - 2.0), 0])  # d/dlog_prob of k3 = 1 - exp(d)
+
+
+def test_k3_is_never_negative_and_its_mean_is_the_kl():
+    p, q = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64), torch.tensor([0.5, 0.1, 0.4], dtype=torch.float64)
+    estimates = k3((q / p).log())
+    assert (estimates >= 0).all()
+    assert (p * estimates).sum().item() == pytest.approx((p * (p / q).log()).sum().item(), abs=1e-12)
+
+
+def test_a_huge_ratio_stays_finite_and_has_no_gradient():
+    log_probs = tensor(-1.0, -300.0).requires_grad_()
+    loss, _ = policy_loss(log_probs, tensor(-300.0, -1.0), tensor(-1.0, -1.0), tensor(1, 1), **CLIPS)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert loss.item() == pytest.approx(math.exp(20) + 0.8, rel=1e-6)
+    assert log_probs.grad.tolist() == [0, 0]
+
+
+def test_what_is_not_trained_may_be_anything():
+    log_probs = tensor(-1.0, math.nan, -math.inf).requires_grad_()
+    old, advantages, weights = tensor(-1.0, -1.0, math.nan), tensor(2.0, math.inf, 1.0), tensor(1, 0, 0)
+    loss, stats = policy_loss(log_probs, old, advantages, weights, **CLIPS, ref_log_probs=old, kl_coef=1.0)
+    loss.backward()
+    assert loss.item() == -2.0
+    assert log_probs.grad.tolist() == [-2.0, 0, 0]
+    assert all(math.isfinite(value) for value in stats.values())
+
+
+def test_what_is_trained_and_not_finite_shows():
+    loss, _ = policy_loss(tensor(math.nan), tensor(-1.0), tensor(1.0), tensor(1.0), **CLIPS)
+    assert math.isnan(loss.item())
+
+
+def test_the_supervised_loss_is_the_negative_log_likelihood():
+    log_probs = tensor(-1.0, -3.0, math.nan).requires_grad_()
+    loss, _ = supervised_loss(log_probs, tensor(1.0, 0.5, 0.0))
+    loss.backward()
+    assert loss.item() == pytest.approx(2.5)
+    assert log_probs.grad.tolist() == [-1.0, -0.5, 0]
+
+
+def test_sums_by_role_and_the_mismatch_of_the_engine_by_hand():
+    sums = token_sums(
+        log_probs=tensor(-1.0, -2.0, -0.5, -9.0),
+        rollout_log_probs=tensor(-1.0 - math.log(2), -2.0, -0.5, -1.0),
+        entropy=tensor(0.5, 1.0, 2.0, 7.0),
+        weights=tensor(1.0, 3.0, 1.0, 0.0),
+        is_generator=torch.tensor([True, False, False, True]),
+    )
+    assert {name: value.item() for name, value in sums.items()} == {
+        "tokens": 3,
+        "packed": 4,
+        "tokens_mask": 1,
+        "entropy_mask": 0.5,
+        "entropy_prediction": 3.0,
+        "mismatch_k3": pytest.approx(2 - 1 - math.log(2), rel=1e-6),
+        "max_mismatch": pytest.approx(math.log(2), rel=1e-6),
+    }
