@@ -1,17 +1,21 @@
 """Make the demo policy again: `examples/demo_policy`, a small Qwen3-architecture model with a tokenizer of its own.
 
-    python tools/make_demo_policy.py blank [FOLDER]             # tokenizer and config.json, no weights
-    python tools/make_demo_policy.py commit HF_FOLDER [FOLDER]  # weights of a finished run, as bfloat16
+    python tools/make_demo_policy.py                            # all of it; about 25 minutes of one core
+    python tools/make_demo_policy.py blank [FOLDER]             # 1. tokenizer and config.json, no weights
+                                                                # 2. runs continue_pt.toml, then sft.toml
+    python tools/make_demo_policy.py commit HF_FOLDER [FOLDER]  # 3. weights of a finished run, as bfloat16
+    python tools/make_demo_policy.py measure seen|held_out      # 4. how it plays before any reinforcement
 
-Between the two stand the runs `examples/demo_policy/continue_pt.toml` and `sft.toml` of this program;
-`examples/demo_policy/README.md` gives the commands in order, and what the result scores.
+It wants the texts of `make demo-corpus` in `.cache/demo`.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,8 @@ PAD, EOS = "<pad>", "<eos>"
 SPECIAL = (PAD, EOS, "[mask]", "\\mask{", "\\boxed{", "}", "<gen>", "<pred>")
 VOCAB_SIZE = 4000
 MAX_BYTES = 12_000_000
+RECORD = Path("benchmarks/records/demo_policy.json")
+MEASURED = ("eval/", "mask/", "prediction/", "groups/", "reward/")
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -102,7 +108,7 @@ def commit(source: Path, folder: Path) -> int:
     import torch
     from safetensors.torch import load_file, save_file
 
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for file in sorted(source.glob("*.safetensors")):
         weights |= load_file(file)
     weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in sorted(weights.items())}
@@ -117,8 +123,53 @@ def commit(source: Path, folder: Path) -> int:
     _write_json(folder / "config.json", config | {"dtype": "bfloat16"})
     part = folder / "model.safetensors.part"
     save_file(weights, part, metadata={"format": "pt"})
+    part.chmod(0o644)  # safetensors writes for the owner alone
     part.replace(folder / "model.safetensors")
     return num_bytes
+
+
+def train(stage: str) -> float:
+    """Run `examples/demo_policy/<stage>.toml` in a process of its own; returns its minutes.
+
+    Raises:
+        subprocess.CalledProcessError: it failed, and said why.
+    """
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-m", "megatron_pz", str(HOME / f"{stage}.toml")], check=True)
+    return (time.monotonic() - start) / 60
+
+
+def measure(texts: str) -> dict[str, float]:
+    """One round of the game with the learning rate at 0: what a run from the committed policy begins with.
+
+    Args:
+        texts: `seen` or `held_out`.
+    """
+    run_dir = Path("runs/demo_policy") / f"measure_{texts}"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    flags = ["--data-path", f".cache/demo/{texts}.jsonl", "--run-dir", str(run_dir)]
+    subprocess.run([sys.executable, "-m", "megatron_pz", str(HOME / "measure.toml"), *flags], check=True)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    merged: dict[str, float] = {name: value for row in rows for name, value in row.items()}
+    return {name: merged[name] for name in sorted(merged) if name.startswith(MEASURED)}
+
+
+def make() -> None:
+    """Both stages, the committed folder and the record, from nothing."""
+    blank(BLANK)
+    minutes = {stage: round(train(stage), 1) for stage in ("continue_pt", "sft")}
+    num_bytes = commit(Path("runs/demo_policy/sft/hf"), HOME)
+    scores = {texts: measure(texts) for texts in ("seen", "held_out")}
+    RECORD.parent.mkdir(parents=True, exist_ok=True)
+    _write_json(RECORD, {"bytes": num_bytes, "minutes": minutes, **scores})
+    sys.stdout.write(f"demo policy: {num_bytes} bytes in {HOME}; record in {RECORD}\n")
+
+
+def blank(folder: Path) -> None:
+    """`write_blank` with a tokenizer learnt on all leads but the held-out ones."""
+    leads = read_leads()
+    hidden = {paragraph.id for paragraph in demo_split(leads)[1]}
+    write_blank(folder, (lead.text for lead in leads if lead.id not in hidden))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -128,17 +179,18 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def main(argv: Sequence[str]) -> int:
     try:
         match list(argv):
+            case []:
+                make()
             case ["blank", *rest]:
-                leads = read_leads()
-                hidden = {paragraph.id for paragraph in demo_split(leads)[1]}
-                write_blank(Path(*rest) if rest else BLANK, (lead.text for lead in leads if lead.id not in hidden))
+                blank(Path(*rest) if rest else BLANK)
             case ["commit", source, *rest]:
-                num_bytes = commit(Path(source), Path(*rest) if rest else HOME)
-                sys.stdout.write(f"demo policy: {num_bytes} bytes of weights\n")
+                commit(Path(source), Path(*rest) if rest else HOME)
+            case ["measure", texts]:
+                sys.stdout.write(json.dumps(measure(texts), indent=2) + "\n")
             case _:
                 sys.stderr.write(f"{__doc__}\n")
                 return 2
-    except (MegatronPZError, OSError, ValueError) as error:
+    except (MegatronPZError, OSError, ValueError, subprocess.CalledProcessError) as error:
         sys.stderr.write(f"demo policy: {error}\n")
         return 1
     return 0
