@@ -1,0 +1,125 @@
+"""Micro-batches through Megatron's pipeline schedule, forward alone or with the backward.
+
+T packed tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_pz.platform.base import Platform
+from megatron_pz.types import MicroBatch
+
+LogProbs = Sequence[np.ndarray]
+"""float32 [T] for each micro-batch of a rank; 0 where nothing is trained."""
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceBatch:
+    """A `MicroBatch` on the device, as the model and the objective take it."""
+
+    input_ids: Tensor  # int64 [1, T]
+    position_ids: Tensor  # int64 [1, T]
+    packed_seq_params: PackedSeqParams
+    labels: Tensor  # int64 [1, T], -1 where nothing is trained: the model leaves these out
+    weights: Tensor  # float32 [T]
+    advantages: Tensor  # float32 [T]
+    rollout_log_probs: Tensor  # float32 [T]
+    is_generator: Tensor  # bool [T]
+    old_log_probs: Tensor | None  # float32 [T], of the trainer before the update
+    ref_log_probs: Tensor | None  # float32 [T], of the reference policy
+
+
+Objective = Callable[[DeviceBatch, Tensor], tuple[Tensor, Tensor, Any]]
+"""(batch, [2, T] of log-probs and entropies) -> (summed loss, int32 count of tokens, anything to be collected)."""
+
+
+def on_device(
+    batch: MicroBatch, platform: Platform, old: np.ndarray | None = None, ref: np.ndarray | None = None
+) -> DeviceBatch:
+    """The micro-batch on the platform's device."""
+
+    def tensor(values: np.ndarray) -> Tensor:
+        return torch.as_tensor(values).to(platform.device, non_blocking=True)
+
+    return DeviceBatch(
+        input_ids=tensor(batch.token_ids)[None],
+        position_ids=tensor(batch.position_ids)[None],
+        packed_seq_params=platform.packed_seq_params(batch.cu_seqlens),
+        labels=tensor(np.where(batch.loss_weights > 0, batch.labels, -1))[None],
+        weights=tensor(batch.loss_weights),
+        advantages=tensor(batch.advantages),
+        rollout_log_probs=tensor(batch.rollout_log_probs),
+        is_generator=tensor(batch.is_generator),
+        old_log_probs=None if old is None else tensor(old),
+        ref_log_probs=None if ref is None else tensor(ref),
+    )
+
+
+def run_schedule(
+    chunks: Sequence[DistributedDataParallel],
+    micro_batches: Sequence[MicroBatch],
+    objective: Objective,
+    platform: Platform,
+    *,
+    temperature: float,
+    old_log_probs: LogProbs | None = None,
+    ref_log_probs: LogProbs | None = None,
+    forward_only: bool = False,
+) -> list[Any]:
+    """Send the micro-batches of this rank through its pipeline; gradients are finished when it returns.
+
+    Collective: every rank calls it with equally many micro-batches; ranks of one pipeline with the same ones.
+
+    Args:
+        chunks: of this rank, one.
+        micro_batches: at least one.
+        objective: called on the last stage, once a micro-batch.
+        temperature: of the log-probs.
+        old_log_probs: handed on to the objective.
+        ref_log_probs: handed on to the objective.
+        forward_only: no backward; gradients are left as they are.
+
+    Returns:
+        What the objective gave to be collected, in the order of the micro-batches; on the last stage only.
+    """
+
+    def batches() -> Iterator[DeviceBatch]:
+        for place, batch in enumerate(micro_batches):
+            yield on_device(
+                batch,
+                platform,
+                None if old_log_probs is None else old_log_probs[place],
+                None if ref_log_probs is None else ref_log_probs[place],
+            )
+
+    def forward_step(data: Iterator[DeviceBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        batch = next(data)
+        output = model(
+            batch.input_ids,
+            batch.position_ids,
+            packed_seq_params=batch.packed_seq_params,
+            labels=batch.labels,
+            temperature=temperature,
+        )
+        return output, partial(objective, batch)
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=batches(),
+        model=list(chunks),
+        num_microbatches=len(micro_batches),
+        seq_length=micro_batches[0].num_tokens,  # stages tell each other each micro-batch's own length
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )

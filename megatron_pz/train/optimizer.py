@@ -1,0 +1,98 @@
+"""Megatron's optimizer over the chunks, and a learning rate that is a function of the step alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+
+from megatron_pz.config.schema import Config, TrainConfig
+from megatron_pz.platform.base import torch_dtype
+from megatron_pz.train.megatron_fields import megatron_record
+
+
+@dataclass(frozen=True)
+class LrSchedule:
+    """Learning rate by step. Without state: a resumed run has nothing to restore, and nothing to count twice."""
+
+    lr: float
+    min_lr: float
+    style: str  # "constant", "linear", "cosine"
+    warmup_iters: int
+    decay_iters: int
+
+    @staticmethod
+    def of(config: TrainConfig) -> LrSchedule:
+        """The schedule of the `[train]` section."""
+        decay_iters = config.lr_decay_iters or config.train_iters
+        return LrSchedule(config.lr, config.min_lr, config.lr_decay_style, config.lr_warmup_iters, decay_iters)
+
+    def at(self, step: int) -> float:
+        """Learning rate of update `step`, counted from 1.
+
+        It rises to `lr`, which update `warmup_iters` has, as does the one after it; update `decay_iters + 1` and all
+        later ones have `min_lr`.
+
+        >>> schedule = LrSchedule(1.0, 0.1, "linear", warmup_iters=2, decay_iters=5)
+        >>> [round(schedule.at(step), 3) for step in range(1, 8)]
+        [0.5, 1.0, 1.0, 0.7, 0.4, 0.1, 0.1]
+        """
+        if step <= self.warmup_iters:
+            return self.lr * step / self.warmup_iters
+        if self.style == "constant":
+            return self.lr
+        span = max(1, self.decay_iters - self.warmup_iters)
+        done = min(1.0, (step - 1 - self.warmup_iters) / span)
+        left = 1.0 - done if self.style == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        return self.min_lr + left * (self.lr - self.min_lr)
+
+
+def optimizer_config(config: Config) -> OptimizerConfig:
+    """Megatron's settings of Adam and clipping, `[optimizer]` on top of ours.
+
+    Raises:
+        ConfigError: `[optimizer]` has an unknown name, or one that another section sets.
+    """
+    train = config.train
+    is_half = config.model.params_dtype == "bfloat16"
+    return megatron_record(
+        OptimizerConfig,
+        "optimizer",
+        config.optimizer,
+        ours={"optimizer": "adam"},
+        owned={
+            "lr": ("train", train.lr),
+            "min_lr": ("train", train.min_lr),
+            "weight_decay": ("train", train.weight_decay),
+            "adam_beta1": ("train", train.adam_beta1),
+            "adam_beta2": ("train", train.adam_beta2),
+            "clip_grad": ("train", train.clip_grad),
+            "bf16": ("model", is_half),
+            "params_dtype": ("model", torch_dtype(config.model.params_dtype)),
+            "use_distributed_optimizer": ("parallel", config.parallel.use_distributed_optimizer),
+        },
+    )
+
+
+def build_optimizer(chunks: Sequence[DistributedDataParallel], config: Config) -> MegatronOptimizer:
+    """Megatron's optimizer over `chunks`, whose weights must be loaded: float32 masters are copied from them now.
+
+    Raises:
+        ConfigError: as `optimizer_config`.
+    """
+    optimizer = get_megatron_optimizer(optimizer_config(config), list(chunks))
+    chunks[0].config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> None:
+    """Set the next update's learning rate and weight decay, each by its parameter group's factor.
+
+    The factor of weight decay is 0 for norms and biases; torch's Adam knows only the product.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_mult", 1.0)
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
