@@ -5,7 +5,8 @@ T packed tokens, S sequences. Samples are named by their index in the step's lis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -59,9 +60,9 @@ def micro_batch(
     total = sum(lengths)
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
-    def row(dtype: type, parts: Sequence[Sequence[float]]) -> np.ndarray:
+    def row(dtype: Any, parts: Iterable[Any]) -> np.ndarray:
         """The parts at their sequences' places, zeros elsewhere."""
-        filled = np.zeros(total, dtype)
+        filled: np.ndarray = np.zeros(total, dtype)
         for start, part in zip(starts, parts, strict=False):
             filled[start : start + len(part)] = part
         return filled

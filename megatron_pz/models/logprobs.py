@@ -101,7 +101,7 @@ class _TokenLogProbs(torch.autograd.Function):
         return log_probs, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_log_probs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_log_probs: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels, log_normalizer = ctx.saved_tensors
         temperature, vocab_size, chunk_tokens, group = ctx.settings
         first, rows = _own_rows(weight, vocab_size, group)

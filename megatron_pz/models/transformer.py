@@ -111,7 +111,9 @@ def transformer_config(family: Family, hf: HfConfig, config: Config, platform: P
         if overrides.get("moe_aux_loss_coeff"):
             fields["moe_router_load_balancing_type"] = "aux_loss"
     defaults = platform.transformer_defaults(overrides.get("transformer_impl"))
-    merged = {**fields, **defaults, **layout, **precision, "calculate_per_token_loss": True, **overrides}
+    # Megatron's default dispatcher refuses micro-batches of different lengths, in dense models too.
+    dispatcher = {"moe_token_dispatcher_type": "alltoall"}
+    merged = {**dispatcher, **fields, **defaults, **layout, **precision, "calculate_per_token_loss": True, **overrides}
     _correct_aux_loss(merged)
     try:
         return TransformerConfig(**merged)

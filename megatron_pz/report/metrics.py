@@ -95,10 +95,11 @@ TABLE: tuple[Metric, ...] = (
         ("lr", "1", 0, _INF, "learning rate of the update"),
         ("entropy", "nats", 0, _INF, "mean entropy of the policy on trained tokens (supervised text)"),
         ("entropy/<role>", "nats", 0, _INF, "mean entropy of the policy on the role's trained tokens"),
-        ("mismatch_kl", "nats", 0, _INF, "KL of engine and trainer on sampled tokens (k3), under the same weights"),
+        ("mismatch_kl", "nats", 0, _INF, "KL of engine and trainer on sampled tokens (k3)"),
         ("mismatch/max_abs", "nats", 0, _INF, "largest difference of a token's log-prob, engine against trainer"),
         ("clip_fraction", "share", 0, 1, "trained tokens whose ratio was clipped"),
         ("ratio/mean", "ratio", 0, _INF, "mean probability ratio, policy to the policy that sampled"),
+        ("ref_kl", "nats", 0, _INF, "KL to the initial policy on trained tokens (k3), where kl_coef is above 0"),
         ("token_share/mask", "share", 0, 1, "mask generation's share of the trained tokens"),
     ),
     *_rows(

@@ -7,7 +7,7 @@ A task of plain text hands out samples. Neither knows torch, Megatron or HTTP.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from megatron_pz.game.spans import MASK_REJECT_REASONS
 from megatron_pz.types import Generate, Group, Paragraph, Rollout, Sample
@@ -16,6 +16,7 @@ Seed = tuple[int, int]
 """(seed of the run, step): all draws of a round derive from it."""
 
 
+@runtime_checkable
 class Task(Protocol):
     """A game: PretrainZero or its random-span baseline."""
 
@@ -36,6 +37,7 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
 class TextTask(Protocol):
     """Supervised training: nothing is generated."""
 

@@ -184,8 +184,8 @@ class Trainer:
         dist.all_reduce(verdict, dist.ReduceOp.MAX)  # no rank may write its weights while another stops
         if verdict.item() > 0:
             raise NumericsError(
-                f"loss is {loss:g} and the gradient's norm {grad_norm:g}; both must be finite. Micro-batches of all ranks "
-                f"whose loss is not finite: {int(sums['broken'])}. Tokens trained on: {int(sums['tokens'])}. Largest "
+                f"loss is {loss:g} and the gradient's norm {grad_norm:g}; both must be finite. Micro-batches of all "
+                f"ranks whose loss is not finite: {int(sums['broken'])}. Tokens trained on: {int(sums['tokens'])}. Largest "
                 f"difference of a log-prob to the engine's: {max_mismatch:g}. "
                 "No weight was changed."
             )

@@ -38,6 +38,7 @@ const CURVES = [
       series: [S("mismatch_kl", "KL", "rose"), S("mismatch/max_abs", "largest difference", "grey")] },
     { title: "Clipped tokens", unit: "share", share: true, series: [S("clip_fraction", "clipped", "gold")] },
     { title: "Probability ratio", unit: "mean", series: [S("ratio/mean", "ratio", "prediction")] },
+    { title: "KL to the initial policy", unit: "nats", zero: true, series: [S("ref_kl", "KL", "violet")] },
     { title: "Mask tokens", unit: "share of trained tokens", share: true, series: [S("token_share/mask", "mask generation", "mask")] },
   ]],
   ["Time and tokens", [

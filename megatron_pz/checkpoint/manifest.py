@@ -1,0 +1,71 @@
+"""What a checkpoint consists of: every file with its size and SHA-256, and whose it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_pz.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT = "megatron_pz checkpoint 1"
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(hf_config: Mapping[str, Any]) -> str:
+    """What makes two models the same shape: config.json without what only describes how it was saved."""
+    left_out = {"torch_dtype", "dtype", "transformers_version", "_name_or_path", "architectures"}
+    kept = {name: value for name, value in hf_config.items() if name not in left_out}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """List every file under `folder` in its `manifest.json`, with `facts` about the run."""
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    text = json.dumps({"format": FORMAT, **facts, "files": files}, indent=1)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def check_manifest(folder: Path, model: str) -> dict[str, Any]:
+    """The manifest of `folder`, once every file is there as it was written.
+
+    Args:
+        model: fingerprint of the model that is to be loaded.
+
+    Raises:
+        CheckpointError: a file is missing, shorter, longer or altered; or the checkpoint is not ours or another model's.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{folder} has no readable {MANIFEST} ({error}); it is no checkpoint of ours.") from error
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{folder}: format is {manifest.get('format')!r}, wanted {FORMAT!r}.")
+    if manifest.get("model") != model:
+        raise CheckpointError(
+            f"{folder} belongs to another model (config.json differs); give this run another --run-dir."
+        )
+    for name, facts in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{folder} is damaged: {name} is missing.")
+        if file.stat().st_size != facts["bytes"]:
+            raise CheckpointError(
+                f"{folder} is damaged: {name} has {file.stat().st_size} bytes, was written with {facts['bytes']}."
+            )
+        if sha256(file) != facts["sha256"]:
+            raise CheckpointError(f"{folder} is damaged: {name} was altered after it was written.")
+    return manifest

@@ -1,0 +1,175 @@
+"""Checkpoints of a run: whole or not at all, the newest few kept.
+
+1. A checkpoint is written under `.tmp-step_N` and renamed to `step_N` once every file and the manifest are on disk.
+2. A killed save leaves only a `.tmp-` folder, which the next start removes.
+3. Older checkpoints go only after the new one stands.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_pz.checkpoint.manifest import check_manifest, fingerprint, write_manifest
+from megatron_pz.errors import CheckpointError, DiskError
+from megatron_pz.models.shards import unwrap
+
+STATE = "run_state.json"
+SHARDS = "shards"
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class CheckpointStore:
+    """Saves and loads model, optimizer and a small JSON text. Every rank makes one; methods are collective.
+
+    Args:
+        folder: `checkpoints/` of the run directory.
+        keep: newest checkpoints that stay.
+        group: gloo group of all ranks; None with one process.
+    """
+
+    def __init__(self, folder: Path, keep: int, group: Any = None) -> None:
+        self.folder, self.keep, self._group = folder, keep, group
+        self._is_rank0 = not dist.is_initialized() or dist.get_rank() == 0
+        if self._is_rank0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in [*folder.glob(".tmp-*"), *folder.glob(".trash-*")]:
+                shutil.rmtree(leftover)
+        self._barrier()
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are there, oldest first."""
+        return sorted(int(path.name.removeprefix("step_")) for path in self.folder.glob("step_*"))
+
+    def save(self, step: int, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, state: str) -> Path:
+        """Write `step_N` and drop what is too old.
+
+        Raises:
+            DiskError: no room or no right; older checkpoints are untouched.
+        """
+        final = self.folder / f"step_{step:06d}"
+        partial = self.folder / f".tmp-{final.name}"
+        fault: OSError | None = None
+        try:
+            if self._is_rank0:
+                (partial / SHARDS).mkdir(parents=True, exist_ok=True)
+                self._check_room(chunks)
+            self._barrier()
+            dist_checkpointing.save(_sharded(chunks, optimizer, is_loading=False), str(partial / SHARDS))
+            if self._is_rank0:
+                (partial / STATE).write_text(state, encoding="utf-8")
+                write_manifest(partial, self._facts(step, chunks))
+                _sync(partial)
+                if final.exists():
+                    final.rename(self.folder / f".trash-{final.name}")
+                partial.rename(final)
+                _sync_folder(self.folder)
+        except OSError as error:
+            fault = error
+        if fault is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            free = shutil.disk_usage(self.folder).free
+            raise DiskError(
+                f"{final}: the checkpoint could not be written ({fault.strerror or fault}); {free} bytes are free. "
+                "Older checkpoints are untouched: free some room and start again."
+            ) from fault
+        if self._is_rank0:
+            self._drop_old()
+        self._barrier()
+        return final
+
+    def load(self, step: int, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> str:
+        """Put model and optimizer back as they were at `step`; returns the JSON text that was saved.
+
+        Raises:
+            CheckpointError: it is damaged or foreign; nothing was loaded. Other whole checkpoints are named.
+        """
+        folder = self.folder / f"step_{step:06d}"
+        model = fingerprint(unwrap(chunks[0]).hf_config)
+        try:
+            check_manifest(folder, model)
+        except CheckpointError as error:
+            others = [other for other in self.steps() if other != step and self._is_whole(other, model)]
+            hint = f" step_{others[-1]:06d} is whole: move {folder.name} away to go on from there." if others else ""
+            raise CheckpointError(f"{error}{hint}") from error
+        wanted = _sharded(chunks, optimizer, is_loading=True)
+        loaded = dist_checkpointing.load(wanted, str(folder / SHARDS))
+        for index, chunk in enumerate(chunks):
+            unwrap(chunk).load_state_dict(loaded[f"model{index}"])
+        optimizer.load_state_dict(loaded["optimizer"])
+        return (folder / STATE).read_text(encoding="utf-8")
+
+    def _facts(self, step: int, chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+        config = unwrap(chunks[0]).config
+        return {
+            "step": step,
+            "model": fingerprint(unwrap(chunks[0]).hf_config),
+            "layout": {
+                "tensor_model_parallel_size": config.tensor_model_parallel_size,
+                "pipeline_model_parallel_size": config.pipeline_model_parallel_size,
+                "expert_model_parallel_size": config.expert_model_parallel_size,
+                "world_size": dist.get_world_size() if dist.is_initialized() else 1,
+            },
+            "versions": {name: version(name) for name in ("megatron-core", "torch")},
+        }
+
+    def _check_room(self, chunks: Sequence[torch.nn.Module]) -> None:
+        """Stop before writing where weights and two moments in float32 cannot fit."""
+        parameters = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+        needed, free = 12 * parameters, shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise OSError(errno.ENOSPC, f"about {needed} bytes are needed, {free} are free")
+
+    def _is_whole(self, step: int, model: str) -> bool:
+        try:
+            check_manifest(self.folder / f"step_{step:06d}", model)
+        except CheckpointError:
+            return False
+        return True
+
+    def _drop_old(self) -> None:
+        for step in self.steps()[: -self.keep]:
+            trash = self.folder / f".trash-step_{step:06d}"
+            (self.folder / f"step_{step:06d}").rename(trash)
+            shutil.rmtree(trash)
+
+    def _barrier(self) -> None:
+        if self._group is not None:
+            dist.barrier(group=self._group)
+
+
+def _sharded(
+    chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, *, is_loading: bool
+) -> dict[str, Any]:
+    """Megatron's description of everything that is saved, as pieces of whole tensors."""
+    model = {f"model{index}": unwrap(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
+    flat = model["model0"] if len(model) == 1 else {f"{k}.{n}": v for k, part in model.items() for n, v in part.items()}
+    state = optimizer.sharded_state_dict(flat, is_loading=is_loading, metadata=SHARDING)
+    return {**model, "optimizer": state}
+
+
+def _sync(folder: Path) -> None:
+    """Have every file of `folder` on disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

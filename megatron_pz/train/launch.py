@@ -1,0 +1,232 @@
+"""Config to parts to loop: the only file that builds everything.
+
+    python -m megatron_pz CONFIG.toml [--flag value ...]                          one process
+    torchrun --nproc-per-node N -m megatron_pz CONFIG.toml [--flag value ...]     N processes
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_pz.checkpoint.hf_export import export_hf
+from megatron_pz.checkpoint.hf_import import load_hf_weights
+from megatron_pz.checkpoint.store import CheckpointStore
+from megatron_pz.config.load import load_config
+from megatron_pz.config.rules import validate
+from megatron_pz.config.schema import Config
+from megatron_pz.corpus.cursor import Cursor
+from megatron_pz.corpus.paragraphs import select
+from megatron_pz.corpus.reader import read_paragraphs
+from megatron_pz.corpus.tokenizer import check_vocab, load_tokenizer
+from megatron_pz.engine.base import Engine
+from megatron_pz.errors import CorpusError, MegatronPZError
+from megatron_pz.evaluate.fixed_masks import FixedMasks, fixed_set, score
+from megatron_pz.game.prompts import Templates
+from megatron_pz.models.folder import read_hf_config, resolve_folder
+from megatron_pz.platform.base import Platform, torch_dtype
+from megatron_pz.platform.select import select_platform
+from megatron_pz.report.console import Console
+from megatron_pz.report.page import write_page
+from megatron_pz.report.timers import Timers
+from megatron_pz.report.writers import RunWriter
+from megatron_pz.tasks.ask import Asker
+from megatron_pz.tasks.base import Task
+from megatron_pz.tasks.registry import make_task
+from megatron_pz.train.deal import deal
+from megatron_pz.train.decode import embedded_engine
+from megatron_pz.train.journal import RunJournal, SilentJournal, describe_run, hashes
+from megatron_pz.train.learn import Learner
+from megatron_pz.train.loop import run
+from megatron_pz.train.model import build_model
+from megatron_pz.train.parallel import Parallel, init_parallel, shutdown
+from megatron_pz.train.parts import Corpus, Parts
+from megatron_pz.train.play import GamePlayer, TextPlayer, converse
+from megatron_pz.train.signals import StopSignals
+from megatron_pz.train.state import RunState
+from megatron_pz.train.step import Trainer
+from megatron_pz.types import Paragraph, Tokenizer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the arguments say; 0 when the run is done or was asked to stop, 2 after an error that a user can mend."""
+    try:
+        config = load_config(sys.argv[1:] if argv is None else argv)
+        validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+        train(config)
+    except MegatronPZError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return 2
+    return 0
+
+
+def train(config: Config) -> RunState:
+    """Build everything, train, save and export; the state at the end."""
+    platform = select_platform()
+    if platform.name == "cpu":
+        torch.set_num_threads(1)  # small matrices lose by threads; and sums must not depend on their number
+    parallel = init_parallel(config.parallel, platform, config.train.seed)
+    try:
+        return _train(config, platform, parallel)
+    finally:
+        shutdown()
+
+
+def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
+    run_dir = Path(config.checkpoint.run_dir)
+    folder = resolve_folder(config.model.hf_model)
+    hf_config = read_hf_config(folder)
+    tokenizer = load_tokenizer(config.model.tokenizer or folder)
+    check_vocab(tokenizer, int(hf_config["vocab_size"]))
+    templates = Templates.load(config.task.template_dir, config.task.prompt_style)
+    task = make_task(config.task, config.engine, tokenizer, templates)
+    paragraphs, counts = _paragraphs(config.corpus.data_path, config, tokenizer, task.prompt_ids)
+
+    chunks = build_model(hf_config, config, platform, parallel)
+    if config.model.init == "pretrained":
+        load_hf_weights(chunks, folder)
+    trainer = Trainer(chunks, config, platform, parallel)
+    learner = Learner(trainer, config.train, run_dir / "dumps", parallel.rank)
+    store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep, parallel.control_group)
+    state = RunState(config.train.seed)
+    if steps := store.steps():
+        state = RunState.from_json(store.load(steps[-1], chunks, trainer.optimizer))
+    engine = embedded_engine(chunks, config.engine)
+    engine.load(chunks, state.policy_version)
+
+    timers = Timers()
+    console = Console(config.train.train_iters, state.step, enabled=parallel.is_rank0)
+    writer = None
+    if parallel.is_rank0:
+        corpus_files = [Path(config.corpus.data_path), Path(config.corpus.held_out_path)]
+        facts = {
+            "model": config.model.hf_model,
+            "parameters": sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()),
+            "world_size": parallel.world_size,
+            "paragraphs": counts,
+            "attribution": _attribution(Path(config.corpus.data_path)),
+            "hashes": hashes([*corpus_files, *sorted(folder.glob("*.safetensors"))]),
+        }
+        describe_run(config, run_dir, facts)
+        writer = RunWriter(
+            run_dir, state.step, tensorboard=config.report.tensorboard, wandb_project=config.report.wandb_project
+        )
+        console.message(f"{len(paragraphs)} paragraphs ({_told(counts)}); run directory {run_dir}")
+        if state.step:
+            console.message(f"continuing after step {state.step}")
+    is_game = isinstance(task, Task)
+    sets = _fixed_sets(config, task, tokenizer, templates, paragraphs) if config.evaluate.eval_interval else []
+
+    def save(at: RunState) -> None:
+        path = store.save(at.step, chunks, trainer.optimizer, at.to_json())
+        console.message(f"checkpoint {path}")
+
+    with StopSignals(parallel.control_group) as signals, console:
+        parts = Parts(
+            corpus=Corpus(paragraphs, Cursor(len(paragraphs), config.train.seed)),
+            player=GamePlayer(task, engine, parallel.is_rank0, config.train.seed, config.task)
+            if is_game
+            else TextPlayer(task, parallel.is_rank0, config.train.seed),
+            deal=lambda played, step: deal(played.samples if played else None, config, parallel, step),
+            learner=learner,
+            trainer=trainer,
+            engine=engine,
+            evaluate=_evaluator(config, sets, engine, parallel, writer),
+            journal=RunJournal(writer, console, config) if writer else SilentJournal(),
+            save=save,
+            signals=signals,
+            timers=timers,
+        )
+        try:
+            state = run(parts, config, state)
+        finally:
+            if writer:
+                writer.close()
+    if config.checkpoint.export_hf and state.step >= config.train.train_iters:
+        export_hf(
+            chunks,
+            folder,
+            run_dir / "hf",
+            dtype=torch_dtype(config.model.params_dtype),
+            group=parallel.control_group,
+            is_rank0=parallel.is_rank0,
+        )
+        console.message(f"Hugging Face export {run_dir / 'hf'}")
+    if parallel.is_rank0 and config.report.write_page:
+        console.message(f"page {write_page(run_dir)}")
+    return state
+
+
+def _paragraphs(
+    path: str, config: Config, tokenizer: Tokenizer, prompt_ids: Callable[[str], Sequence[int]]
+) -> tuple[list[Paragraph], dict[str, int]]:
+    """Paragraphs of `path` that can be played, and how many were read, kept and left out."""
+    found, read = read_paragraphs(path, skip_bad_lines=config.corpus.skip_bad_lines)
+    kept, selected = select(
+        found,
+        tokenizer,
+        config.corpus.min_paragraph_tokens,
+        config.corpus.max_paragraph_tokens,
+        prompt_ids=prompt_ids,
+        max_prompt_tokens=config.task.max_prompt_tokens,
+    )
+    if not kept:
+        raise CorpusError(
+            f"{path}: none of its paragraphs can be played ({_told(read | selected)}). "
+            "Widen --min-paragraph-tokens / --max-paragraph-tokens / --max-prompt-tokens."
+        )
+    return kept, read | selected
+
+
+def _fixed_sets(
+    config: Config, task: object, tokenizer: Tokenizer, templates: Templates, paragraphs: list[Paragraph]
+) -> list[tuple[FixedMasks, Asker]]:
+    asker = Asker(config.task, config.engine, tokenizer, templates)
+    sets = [(fixed_set("fixed_masks", paragraphs, asker, config.evaluate, config.task), asker)]
+    if config.corpus.held_out_path:
+        held_out, _ = _paragraphs(
+            config.corpus.held_out_path, config, tokenizer, lambda text: asker.mask_prompt(text).ids
+        )
+        sets.append((fixed_set("held_out", held_out, asker, config.evaluate, config.task), asker))
+    return sets
+
+
+def _evaluator(
+    config: Config,
+    sets: list[tuple[FixedMasks, Asker]],
+    engine: Engine,
+    parallel: Parallel,
+    writer: RunWriter | None,
+) -> Callable[[int], Mapping[str, float]]:
+    """Scores every set; metrics on rank 0, which also writes the answers down, and nothing elsewhere."""
+
+    async def scored(step: int) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        results = await asyncio.gather(
+            *(score(questions, asker, engine.generate, config.evaluate) for questions, asker in sets)
+        )
+        for found, rows in results:
+            metrics |= found
+            if writer:
+                writer.evaluation([{"step": step, **row} for row in rows])
+        return metrics
+
+    def evaluate(step: int) -> Mapping[str, float]:
+        return converse(engine, parallel.is_rank0, lambda: scored(step)) or {}
+
+    return evaluate
+
+
+def _attribution(data_path: Path) -> str | None:
+    """Text of ATTRIBUTION.txt beside the corpus, where there is one."""
+    file = (data_path if data_path.is_dir() else data_path.parent) / "ATTRIBUTION.txt"
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
+
+
+def _told(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {name}" for name, number in counts.items() if number)

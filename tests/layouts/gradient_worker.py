@@ -1,0 +1,313 @@
+"""Gradients, metrics and scores of several layouts against one process, all in one run of torchrun.
+
+torchrun --nproc-per-node N gradient_worker.py two|four OUT.json
+
+Each case takes down Megatron's groups and builds its own. Gradients are compared under Hugging Face's names, made whole
+by the mappings of the name table. Rank 0 writes, for each case: `grad` (relative error over all parameters), `worst`
+(of one parameter) and its name, `metrics` (largest relative difference of a metric), `score` (largest difference of a
+log-prob).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_pz.platform.select import select_platform
+
+PLATFORM = select_platform("cpu")
+
+from megatron.core import parallel_state  # noqa: E402  (the platform comes first)
+
+from megatron_pz.batch.schedule import plan_update  # noqa: E402
+from megatron_pz.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig  # noqa: E402
+from megatron_pz.errors import NumericsError  # noqa: E402
+from megatron_pz.models.logprobs import token_log_probs  # noqa: E402
+from megatron_pz.models.shards import shards_of  # noqa: E402
+from megatron_pz.train.model import build_model  # noqa: E402
+from megatron_pz.train.parallel import init_parallel, shutdown  # noqa: E402
+from megatron_pz.train.step import Trainer  # noqa: E402
+from megatron_pz.types import Role, Sample  # noqa: E402
+
+DENSE = {
+    "model_type": "qwen3",
+    "vocab_size": 250,  # padded to 256
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+}
+UNTIED = DENSE | {"tie_word_embeddings": False}
+MOE = UNTIED | {
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
+MODELS = {"dense": DENSE, "untied": UNTIED, "moe": MOE}
+TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+EP2, SP = {"expert_model_parallel_size": 2}, {"sequence_parallel": True}
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str = "dense"
+    layout: dict[str, Any] = field(default_factory=dict)
+    max_tokens: int = 48
+    mean: str = "token_mean"
+    ddp: dict[str, Any] = field(default_factory=dict)
+    rescored: bool = False  # old log-probs and a reference from `score`
+    updated: bool = False  # compare parameters after one Adam step of the distributed optimizer
+
+
+ONE = {
+    "one bin each": Case(max_tokens=1),
+    "one bin for all": Case(max_tokens=10**6),
+    "sequence mean, one bin each": Case(mean="sequence_mean", max_tokens=1),
+    "moe, one bin each": Case("moe", max_tokens=1),
+}
+TWO = {
+    "dp2": Case(),
+    "dp2, sequence mean": Case(mean="sequence_mean", max_tokens=30),
+    "dp2, one bin for all, overlapped": Case(max_tokens=10**6, ddp={"overlap_grad_reduce": True}),
+    "dp2, old and reference scored": Case(rescored=True),
+    "tp2": Case(layout=TP2),
+    "tp2 sp": Case(layout=TP2 | SP),
+    "pp2": Case(layout=PP2),
+    "pp2, old and reference scored": Case(layout=PP2, rescored=True),
+    "untied pp2": Case("untied", PP2),
+    "moe dp2": Case("moe"),
+    "moe tp2 sp": Case("moe", TP2 | SP),
+    "moe pp2": Case("moe", PP2),
+    "moe ep2": Case("moe", EP2),
+    "moe ep2, one bin each": Case("moe", EP2, max_tokens=1),
+    "moe tp2 sp ep2": Case("moe", TP2 | SP | EP2),
+    "dp2, updated": Case(updated=True),
+    "dp2, updated, overlapped": Case(updated=True, ddp={"overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "moe ep2, updated": Case("moe", EP2, updated=True),
+}
+FOUR = {
+    "tp2 pp2": Case(layout=TP2 | PP2),
+    "tp2 sp pp2": Case(layout=TP2 | SP | PP2),
+    "tp2 dp2": Case(layout=TP2),
+    "moe tp2 sp pp2 ep2": Case("moe", TP2 | SP | PP2 | EP2),
+    "moe dp4 ep2, updated": Case("moe", EP2, updated=True),
+}
+
+
+def samples(num: int = 9) -> list[Sample]:
+    """Ragged sequences of both roles; engine log-probs are near a random policy's, so that some ratios are clipped."""
+    rng = np.random.default_rng(5)
+    made = []
+    for index in range(num):
+        prompt, response = rng.integers(2, 14), rng.integers(1, 11)
+        length = int(prompt + response)
+        role = Role.GENERATOR if index % 3 == 0 else Role.PREDICTOR
+        weight = 2.0 if role is Role.GENERATOR else 1.0
+        trained = np.arange(length) >= prompt
+        made.append(
+            Sample(
+                token_ids=tuple(int(token) for token in rng.integers(0, 250, length)),
+                loss_weights=tuple(float(w) for w in weight * trained),
+                rollout_log_probs=tuple(float(x) for x in rng.normal(-5.7, 0.8, length) * trained),
+                advantage=float(rng.normal()),
+                role=role,
+                group_id=f"1.0.{index}",
+            )
+        )
+    return made
+
+
+def outcome(case: Case, learned: list[Sample] | None = None) -> dict[str, Any] | None:
+    """Whole gradients (or updated parameters), metrics and scores of a case; on rank 0, None elsewhere."""
+    config = Config(
+        model=ModelConfig(init="random"),
+        parallel=ParallelConfig(**case.layout, use_distributed_optimizer=case.updated),
+        # Clipping would scale the gradient buffers in place.
+        train=TrainConfig(
+            lr=1e-3, lr_decay_style="constant", kl_coef=0.1 * case.rescored, clip_grad=float(case.updated)
+        ),
+        ddp=case.ddp,
+    )
+    parallel = init_parallel(config.parallel, PLATFORM, seed=1)
+    chunks = build_model(MODELS[case.model], config, PLATFORM, parallel)
+    trainer = Trainer(chunks, config, PLATFORM, parallel)
+    align = parallel.tp_size if config.parallel.sequence_parallel else 1
+    plan = plan_update(
+        learned or samples(),
+        max_tokens=case.max_tokens,
+        dp_size=parallel.dp_size,
+        loss_aggregation=case.mean,
+        align=align,
+    )
+    mine = plan.micro_batches[parallel.dp_rank]
+    scored = trainer.score(mine)
+    old = [scores + 0.3 * np.cos(np.arange(len(scores), dtype=np.float32)) for scores in scored] if False else None
+    reference = None
+    if case.rescored:
+        old, reference = [0.9 * s for s in scored], [0.8 * s for s in scored]
+    result = trainer.step(plan, lr_step=1, old_log_probs=old, ref_log_probs=reference)
+    if case.ddp.get("overlap_param_gather"):
+        chunks[0].start_param_sync(force_sync=True)
+    tensors = whole(chunks, "data" if case.updated else "main_grad")
+    scores = {}
+    for batch, values in zip(mine, scored, strict=True):
+        bounds = zip(batch.cu_seqlens, batch.cu_seqlens[1:], batch.sample_indices, strict=False)
+        scores |= {index: values[start:end] for start, end, index in bounds if index >= 0}
+    everywhere: list[Any] = [None] * parallel.world_size
+    dist.all_gather_object(everywhere, scores)
+    gathered = {index: values for part in everywhere for index, values in part.items()}
+    parallel_state.destroy_model_parallel()
+    if not parallel.is_rank0:
+        return None
+    return {"tensors": tensors, "metrics": dict(result.metrics), "scores": gathered}
+
+
+def whole(chunks: Any, attribute: str) -> dict[str, torch.Tensor]:
+    """An attribute of all parameters, by Hugging Face name; copies on several ranks must agree."""
+    mine = [
+        (shard.hf_names, shard.rank, shard.size, getattr(shard.parameter, attribute).clone())
+        for shard in shards_of(chunks)
+    ]
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, mine)
+    pieces: dict[tuple[str, ...], dict[int, torch.Tensor]] = {}
+    for names, rank, _, tensor in (entry for part in everywhere for entry in part):
+        known = pieces.setdefault(names, {}).setdefault(rank, tensor)
+        assert known.shape == tensor.shape
+        torch.testing.assert_close(tensor, known, rtol=1e-5, atol=1e-6)
+    found = {}
+    table = {names: (shard.entry, shard.shape) for shard in shards_of(chunks) for names in [shard.hf_names]}
+    tables: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(tables, {names: value for names, value in table.items()})
+    table = {names: value for part in tables for names, value in part.items()}
+    for names, by_rank in pieces.items():
+        entry, shape = table[names]
+        found |= dict(zip(names, entry.mapping.to_hf([by_rank[r] for r in sorted(by_rank)], shape), strict=True))
+    return found
+
+
+def compare(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """Errors of a case."""
+    tensors, reference = found["tensors"], wanted["tensors"]
+    assert tensors.keys() == reference.keys(), tensors.keys() ^ reference.keys()
+    assert all(value.abs().max() > 0 for value in reference.values())
+    errors = {name: (tensors[name] - value).norm().item() for name, value in reference.items()}
+    norms = {name: value.norm().item() for name, value in reference.items()}
+    relative = {name: errors[name] / norms[name] for name in errors}
+    worst = max(relative, key=relative.__getitem__)
+    packed = {"tokens/packed"}  # alignment adds padding
+    assert found["metrics"].keys() == wanted["metrics"].keys()
+    return {
+        "grad": float(np.linalg.norm(list(errors.values())) / np.linalg.norm(list(norms.values()))),
+        "worst": relative[worst],
+        "name": worst,
+        "largest": max((tensors[name] - value).abs().max().item() for name, value in reference.items()),
+        "metrics": max(
+            abs(found["metrics"][name] - value) / max(abs(value), 1e-3)
+            for name, value in wanted["metrics"].items()
+            if name not in packed
+        ),
+        "score": max(float(np.abs(found["scores"][i] - v).max()) for i, v in wanted["scores"].items()),
+    }
+
+
+def alone(cases: dict[str, Case]) -> dict[str, dict[str, Any]]:
+    """The cases in a world of one, whatever torchrun started."""
+    environment = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE")}
+    try:
+        results = {name: outcome(case) for name, case in cases.items()}
+    finally:
+        shutdown()
+        os.environ.update(environment)
+    return {name: result for name, result in results.items() if result is not None}
+
+
+def reference_of(case: Case) -> Case:
+    """What a case must agree with: one process, micro-batches of some sequences each, nothing overlapped."""
+    return replace(case, layout={}, max_tokens=48, ddp={})
+
+
+def vocabulary_parallel_error() -> dict[str, float]:
+    """float64 log-probs, entropies and gradients over two shards, one of them partly or wholly padding, against one."""
+    parallel = init_parallel(ParallelConfig(**TP2), PLATFORM, seed=1)
+    group = parallel_state.get_tensor_model_parallel_group()
+    errors = {}
+    for vocab_size in (16, 11, 8, 5):
+        torch.manual_seed(0)
+        hidden, weight = torch.randn(7, 6, dtype=torch.float64), torch.randn(16, 6, dtype=torch.float64)
+        labels = torch.randint(0, vocab_size, (7,))
+        results = []
+        for rows, ranks in ((weight, None), (weight.chunk(2)[parallel.tp_rank], group)):
+            h, w = hidden.clone().requires_grad_(), rows.clone().requires_grad_()
+            log_probs, entropy = token_log_probs(
+                h, w, labels, temperature=0.7, vocab_size=vocab_size, chunk_tokens=3, tp_group=ranks
+            )
+            (log_probs * torch.arange(1.0, 8.0)).sum().backward()
+            if ranks is not None:
+                dist.all_reduce(h.grad, group=ranks)
+            results.append((log_probs.detach(), entropy, h.grad, w.grad))
+        one, two = results
+        one = (*one[:3], one[3].chunk(2)[parallel.tp_rank])
+        errors[f"vocab {vocab_size}"] = max((a - b).abs().max().item() for a, b in zip(one, two, strict=True))
+    parallel_state.destroy_model_parallel()
+    return errors
+
+
+def refusal() -> dict[str, Any]:
+    """What a rank says and keeps when another rank has a NaN."""
+    poisoned = [replace(sample, advantage=float("nan")) if n == 4 else sample for n, sample in enumerate(samples())]
+    try:
+        outcome(Case(updated=True), poisoned)
+    except NumericsError as error:
+        said = str(error)
+    else:
+        said = "nothing"
+    parallel_state.destroy_model_parallel()
+    heard: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(heard, said)
+    return {"said": heard}
+
+
+def main(which: str, out: Path) -> None:
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    cases = TWO if which == "two" else FOUR
+    references: dict[Case, Any] = {}
+    report: dict[str, Any] = {}
+    if rank == 0:
+        own = ONE if which == "two" else {}
+        wanted = {str(reference_of(case)): reference_of(case) for case in (*cases.values(), *own.values())}
+        results = alone({**wanted, **own})
+        references = {key: results[key] for key in wanted}
+        report = {name: compare(results[name], references[str(reference_of(case))]) for name, case in own.items()}
+    for name, case in cases.items():
+        result = outcome(case)
+        if result is not None:
+            report[name] = compare(result, references[str(reference_of(case))])
+    if which == "two":
+        report["vocabulary parallel"] = vocabulary_parallel_error()
+        report["refusal"] = refusal()
+    if rank == 0:
+        out.write_text(json.dumps(report, indent=1))
+    shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
