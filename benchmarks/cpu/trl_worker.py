@@ -64,7 +64,10 @@ def main() -> None:
             generation_kwargs={"min_new_tokens": response_tokens}, disable_tqdm=True, lr_scheduler_type="constant",
         )  # fmt: skip
         Timed(
-            model=model, processing_class=tokenizer, reward_funcs=reward, args=config,
+            model=model,
+            processing_class=tokenizer,
+            reward_funcs=reward,
+            args=config,
             train_dataset=Dataset.from_list(rows),
             callbacks=[Clock()],
         ).train()

@@ -60,4 +60,6 @@ def export_hf(
         partial.rename(out_dir)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise DiskError(f"{out_dir}: the export could not be written: {error}. Free some room; nothing was lost.") from error
+        raise DiskError(
+            f"{out_dir}: the export could not be written: {error}. Free some room; nothing was lost."
+        ) from error

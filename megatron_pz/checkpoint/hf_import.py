@@ -32,7 +32,9 @@ def load_hf_weights(chunks: Sequence[torch.nn.Module], folder: str | Path) -> No
     is_whole = len(chunks) == 1 and unwrap(chunks[0]).pre_process and unwrap(chunks[0]).post_process
     unknown = sorted(files.keys() - wanted - _copies(unwrap(chunks[0]).hf_config)) if is_whole and _alone() else []
     if missing or unknown:
-        faults = [f"{kind} {', '.join(names)}" for kind, names in (("missing", missing), ("left over", unknown)) if names]
+        faults = [
+            f"{kind} {', '.join(names)}" for kind, names in (("missing", missing), ("left over", unknown)) if names
+        ]
         raise ModelError(f"{path}: the weights do not fit config.json: {'; '.join(faults)}.")
     for shard in shards:
         shard.fill(lambda name: _read(files[name], name))

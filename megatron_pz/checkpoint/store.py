@@ -148,9 +148,7 @@ class CheckpointStore:
             dist.barrier(group=self._group)
 
 
-def _sharded(
-    chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, *, is_loading: bool
-) -> dict[str, Any]:
+def _sharded(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
     """Megatron's description of everything that is saved, as pieces of whole tensors."""
     model = {f"model{index}": unwrap(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
     flat = model["model0"] if len(model) == 1 else {f"{k}.{n}": v for k, part in model.items() for n, v in part.items()}

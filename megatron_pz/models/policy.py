@@ -71,7 +71,7 @@ class PolicyModel(GPTModel):
             scaling=fields.rope_scaling,
         )
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor,
         position_ids: Tensor,
@@ -99,9 +99,7 @@ class PolicyModel(GPTModel):
             of each label and entropy (no gradient) of its distribution. Last stage without: logits [1, T or n, V], whole
             on every tensor-parallel rank.
         """
-        hidden = super().forward(
-            input_ids, position_ids, attention_mask, packed_seq_params=packed_seq_params, **kwargs
-        )
+        hidden = super().forward(input_ids, position_ids, attention_mask, packed_seq_params=packed_seq_params, **kwargs)
         if not self.post_process:
             return hidden
         hidden = self._whole(hidden)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,10 @@ def random_tensor(name: str, shape: tuple[int, ...], std: float, seed: int) -> T
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
+def _read(shapes: dict[str, tuple[int, ...]], std: float, seed: int, name: str) -> Tensor:
+    return random_tensor(name, shapes[name], std, seed)
+
+
 def initialize(model: PolicyModel, seed: int) -> None:
     """Fill a stage: standard deviation `initializer_range` of config.json, and for the matrices that write into the
     residual stream that over sqrt(2 * layers), as Megatron does."""
@@ -32,4 +37,4 @@ def initialize(model: PolicyModel, seed: int) -> None:
     for shard in shards_of([model]):
         shapes = dict(zip(shard.hf_names, shard.hf_shapes(), strict=True))
         spread = residual_std if shard.hf_names[0].endswith(("o_proj.weight", "down_proj.weight")) else std
-        shard.fill(lambda name, shapes=shapes, spread=spread: random_tensor(name, shapes[name], spread, seed))
+        shard.fill(partial(_read, shapes, spread, seed))

@@ -8,9 +8,7 @@ from megatron_pz.errors import ModelError
 from megatron_pz.models import llama, qwen3, qwen3_moe, smollm3
 from megatron_pz.models.family import Family, HfConfig
 
-FAMILIES: dict[str, Family] = {
-    module.FAMILY.model_type: module.FAMILY for module in (qwen3, qwen3_moe, smollm3, llama)
-}
+FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in (qwen3, qwen3_moe, smollm3, llama)}
 
 
 def family(hf: HfConfig) -> Family:

@@ -17,7 +17,7 @@ class PositionedRotaryEmbedding(RotaryEmbedding):
 
     def __init__(self, *args: Any, scaling: RopeScaling | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.inv_freq = scaled(self.inv_freq, scaling)
+        self.inv_freq: Tensor = scaled(self.inv_freq, scaling)
         self.positions: Tensor | None = None
 
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from megatron.core import parallel_state
@@ -53,9 +53,10 @@ class Shard:
 
 def unwrap(chunk: torch.nn.Module) -> PolicyModel:
     """The policy inside Megatron's wrappers (DistributedDataParallel, Float16Module)."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk  # type: ignore[return-value]
+    inner: Any = chunk
+    while hasattr(inner, "module"):
+        inner = inner.module
+    return cast("PolicyModel", inner)
 
 
 def shards_of(chunks: Sequence[torch.nn.Module]) -> list[Shard]:

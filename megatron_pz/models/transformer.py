@@ -22,6 +22,13 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_model_parallel_
     return -(-vocab_size // multiple) * multiple
 
 
+def expert_tensor_size(parallel: ParallelConfig) -> int:
+    """Tensor-parallel size inside an expert. Unset: 1 where experts are shared out over ranks, else as the dense model's."""
+    if parallel.expert_tensor_parallel_size:
+        return parallel.expert_tensor_parallel_size
+    return 1 if parallel.expert_model_parallel_size > 1 else parallel.tensor_model_parallel_size
+
+
 def layout_fields(parallel: ParallelConfig, num_experts: int) -> dict[str, Any]:
     """`TransformerConfig` fields of the layout.
 
@@ -33,7 +40,7 @@ def layout_fields(parallel: ParallelConfig, num_experts: int) -> dict[str, Any]:
         "tensor_model_parallel_size": tensor,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
-        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size or (1 if num_experts else tensor),
+        "expert_tensor_parallel_size": expert_tensor_size(parallel),
         "context_parallel_size": parallel.context_parallel_size,
         # Megatron asserts tensor_model_parallel_size > 1; with one rank there is nothing to shard.
         "sequence_parallel": parallel.sequence_parallel and tensor > 1,

@@ -40,7 +40,9 @@ class CudaPlatform(Platform):
         if shim.is_installed():
             raise ConfigError("platform is cuda, but this process already runs as cpu; choose one for the whole run.")
         if not torch.cuda.is_available():
-            raise ConfigError("platform is cuda, but torch sees no CUDA device; use platform cpu or a CUDA build of torch.")
+            raise ConfigError(
+                "platform is cuda, but torch sees no CUDA device; use platform cpu or a CUDA build of torch."
+            )
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         self._engine_fault = transformer_engine.fault()
 

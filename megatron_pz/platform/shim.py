@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,19 @@ import torch.utils._device
 
 CPU = torch.device("cpu")
 ALL = ">=0.16,<0.20"
-FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn", "zeros_like", "ones_like", "empty_like")
+FACTORIES = (
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "tensor",
+    "arange",
+    "rand",
+    "randn",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+)
 
 
 @dataclass(frozen=True)
@@ -267,7 +279,10 @@ def _torch_patches() -> Iterator[Patch]:
         "torch:Tensor.cuda", lambda stock: lambda self, *a, **k: self, "p2p, schedules", lambda: torch.ones(1).cuda()
     )
     yield Patch(
-        "torch:Tensor.record_stream", _constant(None), "token_dispatcher", lambda: torch.ones(1).record_stream(_STREAM)
+        "torch:Tensor.record_stream",
+        _constant(None),
+        "token_dispatcher",
+        lambda: torch.ones(1).record_stream(cast(Any, _STREAM)),
     )
     yield Patch("torch:Tensor.to", _to_cpu, "dist_checkpointing, utils.py:1207", lambda: torch.ones(1).to("cuda"))
     yield Patch("torch:Tensor.type", _cuda_type_for_optimizers, "optimizer.py:671, clip_grads.py:167", _probe_type)

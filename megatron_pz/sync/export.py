@@ -36,12 +36,10 @@ def iterate_hf_tensors(chunks: Sequence[torch.nn.Module], group: Any = None) -> 
     held: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(held, list(shards), group=group)
     for names in dict.fromkeys(names for rank_names in held for names in rank_names):
-        shard = shards.get(names)
-        sent = (shard, shard.rank, shard.parameter.detach().cpu()) if shard and _is_first_replica(shard) else None
+        own = shards.get(names)
+        sent = (_recipe(own), own.rank, own.parameter.detach().cpu()) if own and _is_first_replica(own) else None
         pieces: list[Any] | None = [None] * len(held) if is_rank0 else None
-        dist.gather_object(
-            None if sent is None else (_recipe(sent[0]), sent[1], sent[2]), pieces, dst=0, group=group
-        )
+        dist.gather_object(sent, pieces, dst=0, group=group)
         if pieces is None:
             continue
         found = {rank: (recipe, piece) for recipe, rank, piece in filter(None, pieces)}

@@ -17,14 +17,7 @@ from megatron_pz.engine.embedded.cache import SharedPromptCache
 from megatron_pz.engine.embedded.engine import EmbeddedEngine
 from megatron_pz.engine.embedded.ranks import ProcessRanks
 from megatron_pz.errors import EngineError
-from megatron_pz.models.policy import PolicyModel
-
-
-def unwrapped(chunk: torch.nn.Module) -> PolicyModel:
-    """The policy inside Megatron's wrappers (DDP, Float16Module)."""
-    while not isinstance(chunk, PolicyModel):
-        chunk = chunk.module
-    return chunk
+from megatron_pz.models.shards import unwrap
 
 
 class PolicyDecoder:
@@ -50,9 +43,9 @@ class PolicyDecoder:
         """Where the weights are."""
         return next(self.policy.parameters()).device
 
-    def load(self, weights: Sequence[torch.nn.Module]) -> None:
+    def load(self, weights: Sequence[Any]) -> None:
         """Decode with these chunks. Nothing is copied: what the optimizer has written is what samples."""
-        policies = [unwrapped(chunk) for chunk in weights]
+        policies = [unwrap(chunk) for chunk in weights]
         if len(policies) != 1 or not (policies[0].pre_process and policies[0].post_process):
             size = policies[0].config.pipeline_model_parallel_size
             raise EngineError(

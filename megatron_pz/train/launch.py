@@ -1,7 +1,7 @@
 """Config to parts to loop: the only file that builds everything.
 
-    python -m megatron_pz CONFIG.toml [--flag value ...]                          one process
-    torchrun --nproc-per-node N -m megatron_pz CONFIG.toml [--flag value ...]     N processes
+python -m megatron_pz CONFIG.toml [--flag value ...]                          one process
+torchrun --nproc-per-node N -m megatron_pz CONFIG.toml [--flag value ...]     N processes
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from megatron_pz.train.loop import run
 from megatron_pz.train.model import build_model
 from megatron_pz.train.parallel import Parallel, init_parallel, shutdown
 from megatron_pz.train.parts import Corpus, Parts
-from megatron_pz.train.play import GamePlayer, TextPlayer, converse
+from megatron_pz.train.play import GamePlayer, Player, TextPlayer, converse
 from megatron_pz.train.signals import StopSignals
 from megatron_pz.train.state import RunState
 from megatron_pz.train.step import Trainer
@@ -119,7 +119,11 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
         console.message(f"{len(paragraphs)} paragraphs ({_told(counts)}); run directory {run_dir}")
         if state.step:
             console.message(f"continuing after step {state.step}")
-    is_game = isinstance(task, Task)
+    player: Player = (
+        GamePlayer(task, engine, parallel.is_rank0, config.train.seed, config.task)
+        if isinstance(task, Task)
+        else TextPlayer(task, parallel.is_rank0, config.train.seed)
+    )
     sets = _fixed_sets(config, task, tokenizer, templates, paragraphs) if config.evaluate.eval_interval else []
 
     def save(at: RunState) -> None:
@@ -129,9 +133,7 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
     with StopSignals(parallel.control_group) as signals, console:
         parts = Parts(
             corpus=Corpus(paragraphs, Cursor(len(paragraphs), config.train.seed)),
-            player=GamePlayer(task, engine, parallel.is_rank0, config.train.seed, config.task)
-            if is_game
-            else TextPlayer(task, parallel.is_rank0, config.train.seed),
+            player=player,
             deal=lambda played, step: deal(played.samples if played else None, config, parallel, step),
             learner=learner,
             trainer=trainer,

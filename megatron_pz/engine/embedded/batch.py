@@ -28,7 +28,11 @@ class Decoder(Protocol):
 
     vocab_size: int  # real ids, without padding
     max_positions: int  # longest prompt and response together
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens and positions go."""
+        ...
 
     def logits(self, cache: SharedPromptCache, token_ids: Tensor, positions: Tensor, wanted: Tensor | None) -> Tensor:
         """Logits [n, V] after the new tokens `wanted` (int64 [n]; None: all), while `cache.attend` answers for attention.

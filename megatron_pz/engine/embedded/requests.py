@@ -77,7 +77,8 @@ def shares(prompts: Sequence[Sequence[int]], num_shares: int) -> list[list[int]]
     [[1, 3], [0, 2]]
     """
     order = sorted(range(len(prompts)), key=lambda index: (tuple(prompts[index]), index))
-    costs, ends = [], []  # of each run of equal prompts
+    costs: list[int] = []  # of each run of equal prompts
+    ends: list[int] = []
     for place, index in enumerate(order):
         if place and prompts[order[place - 1]] == prompts[index]:
             costs[-1] += RESPONSE_COST

@@ -44,13 +44,12 @@ class RowParams:
         temperatures = [p.temperature or 1.0 for p in params]
         greedy = [p.temperature == 0 for p in params]
         rows = [row for row, p in enumerate(params) if (p.top_p < 1 or p.top_k) and p.temperature]
-        column = {"device": device}
         return cls(
-            temperature=torch.tensor(temperatures, **column)[:, None] if set(temperatures) != {1.0} else None,
-            greedy=torch.tensor(greedy, **column) if any(greedy) else None,
-            restricted=torch.tensor(rows, **column) if rows else None,
-            top_k=torch.tensor([params[r].top_k or vocab_size for r in rows], **column)[:, None] if rows else None,
-            top_p=torch.tensor([params[r].top_p for r in rows], **column)[:, None] if rows else None,
+            temperature=torch.tensor(temperatures, device=device)[:, None] if set(temperatures) != {1.0} else None,
+            greedy=torch.tensor(greedy, device=device) if any(greedy) else None,
+            restricted=torch.tensor(rows, device=device) if rows else None,
+            top_k=torch.tensor([params[r].top_k or vocab_size for r in rows], device=device)[:, None] if rows else None,
+            top_p=torch.tensor([params[r].top_p for r in rows], device=device)[:, None] if rows else None,
             all_greedy=all(greedy),
         )
 
