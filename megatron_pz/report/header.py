@@ -37,7 +37,10 @@ def _facts(run: RunFiles) -> str:
         ("Learning rate", _setting(run, "train", "lr")),
         ("Seed", _setting(run, "train", "seed")),
         ("Commit", run.facts.get("commit")),
-        ("Versions", ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, Mapping) else versions),
+        (
+            "Versions",
+            ", ".join(f"{k} {v}" for k, v in versions.items() if v) if isinstance(versions, Mapping) else versions,
+        ),
         ("Attribution", run.facts.get("attribution")),
     ]
     shown = [
