@@ -35,7 +35,7 @@ class ParallelConfig:
     expert_model_parallel_size: int = 1
     """Ranks that share the experts of a MoE layer."""
     expert_tensor_parallel_size: int = 0
-    """Tensor-parallel size inside an expert; 0: 1 where there are experts."""
+    """Tensor-parallel size inside an expert; 0: 1 where experts are shared out over ranks, else as the dense layers'."""
     context_parallel_size: int = 1
     """Ranks that share a sequence."""
     sequence_parallel: bool = False

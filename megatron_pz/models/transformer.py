@@ -29,12 +29,8 @@ def expert_tensor_size(parallel: ParallelConfig) -> int:
     return 1 if parallel.expert_model_parallel_size > 1 else parallel.tensor_model_parallel_size
 
 
-def layout_fields(parallel: ParallelConfig, num_experts: int) -> dict[str, Any]:
-    """`TransformerConfig` fields of the layout.
-
-    Args:
-        num_experts: of a MoE layer, 0 for a dense model.
-    """
+def layout_fields(parallel: ParallelConfig) -> dict[str, Any]:
+    """`TransformerConfig` fields of the layout."""
     tensor = parallel.tensor_model_parallel_size
     return {
         "tensor_model_parallel_size": tensor,
@@ -73,6 +69,17 @@ def check_layout(fields: dict[str, Any], parallel: ParallelConfig) -> None:
             f"expert_model_parallel_size is {parallel.expert_model_parallel_size}; it must divide the model's "
             f"{experts} experts" + ("" if experts else " (a dense model: 1)")
         )
+    if experts and parallel.expert_model_parallel_size == 1 and expert_tensor_size(parallel) != tensor:
+        # Megatron would take each rank's experts for shards of one model's, and leave their gradients unreduced.
+        faults.append(
+            f"expert_tensor_parallel_size is {parallel.expert_tensor_parallel_size}; with expert_model_parallel_size 1 "
+            f"it must be tensor_model_parallel_size = {tensor}, or 0"
+        )
+    if experts and fields["moe_ffn_hidden_size"] % expert_tensor_size(parallel):
+        faults.append(
+            f"expert_tensor_parallel_size is {expert_tensor_size(parallel)}; it must divide moe_ffn_hidden_size = "
+            f"{fields['moe_ffn_hidden_size']}"
+        )
     if faults:
         raise LayoutError("parallel: " + "; ".join(faults) + ".")
 
@@ -107,7 +114,7 @@ def transformer_config(family: Family, hf: HfConfig, config: Config, platform: P
     """
     fields = family.transformer_fields(hf)
     check_layout(fields, config.parallel)
-    layout = layout_fields(config.parallel, fields.get("num_moe_experts") or 0)
+    layout = layout_fields(config.parallel)
     dtype = torch_dtype(config.model.params_dtype)
     is_half = config.model.params_dtype == "bfloat16"
     precision = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": is_half}

@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_pz.config.schema import ParallelConfig
 from megatron_pz.errors import LayoutError
+from megatron_pz.models.transformer import expert_tensor_size
 from megatron_pz.platform.base import Platform
 
 TIMEOUT = timedelta(hours=1)
@@ -78,7 +79,7 @@ def init_parallel(config: ParallelConfig, platform: Platform, seed: int) -> Para
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
-        expert_tensor_parallel_size=config.expert_tensor_parallel_size or 1,
+        expert_tensor_parallel_size=expert_tensor_size(config),
         distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
     )
     torch.manual_seed(seed)
@@ -126,7 +127,7 @@ def _init_distributed(platform: Platform) -> None:
 def _check_world(config: ParallelConfig, world_size: int) -> None:
     pipeline = config.pipeline_model_parallel_size
     model = config.tensor_model_parallel_size * config.context_parallel_size * pipeline
-    experts = (config.expert_tensor_parallel_size or 1) * config.expert_model_parallel_size * pipeline
+    experts = expert_tensor_size(config) * config.expert_model_parallel_size * pipeline
     for what, size in (("one model takes tensor x context x pipeline", model), ("its experts take", experts)):
         if world_size % size:
             raise LayoutError(

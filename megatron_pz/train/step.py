@@ -199,6 +199,8 @@ class Trainer:
             metrics["entropy/mask"] = sums["entropy_mask"] / of_masks
         if tokens > of_masks:
             metrics["entropy/prediction"] = sums["entropy_prediction"] / (tokens - of_masks)
+        if self.config.train.kl_coef > 0:
+            metrics["ref_kl"] = sums["ref_kl"] / tokens
         return metrics | {
             "token_share/mask": of_masks / tokens,
             "mismatch_kl": sums["mismatch_k3"] / tokens,

@@ -33,9 +33,9 @@ from megatron_pz.errors import NumericsError  # noqa: E402
 from megatron_pz.models.logprobs import token_log_probs  # noqa: E402
 from megatron_pz.models.shards import shards_of  # noqa: E402
 from megatron_pz.train.model import build_model  # noqa: E402
-from megatron_pz.train.parallel import init_parallel, shutdown  # noqa: E402
+from megatron_pz.train.parallel import Parallel, init_parallel, shutdown  # noqa: E402
 from megatron_pz.train.step import Trainer  # noqa: E402
-from megatron_pz.types import Role, Sample  # noqa: E402
+from megatron_pz.types import Role, Sample, UpdatePlan  # noqa: E402
 
 DENSE = {
     "model_type": "qwen3",
@@ -62,6 +62,7 @@ MOE = UNTIED | {
 }
 MODELS = {"dense": DENSE, "untied": UNTIED, "moe": MOE}
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+AUX = {"moe_aux_loss_coeff": 0.01}
 EP2, SP = {"expert_model_parallel_size": 2}, {"sequence_parallel": True}
 
 
@@ -73,7 +74,10 @@ class Case:
     mean: str = "token_mean"
     ddp: dict[str, Any] = field(default_factory=dict)
     rescored: bool = False  # old log-probs and a reference from `score`
-    updated: bool = False  # compare parameters after one Adam step of the distributed optimizer
+    align: int = 1
+    transformer: dict[str, Any] = field(default_factory=dict)
+    updated: bool = False  # compare what one step of the distributed optimizer changes, instead of gradients
+    poisoned: bool = False  # one sample has a NaN
 
 
 ONE = {
@@ -98,6 +102,9 @@ TWO = {
     "moe ep2": Case("moe", EP2),
     "moe ep2, one bin each": Case("moe", EP2, max_tokens=1),
     "moe tp2 sp ep2": Case("moe", TP2 | SP | EP2),
+    # The auxiliary loss is a function of each micro-batch: the reference must have the same ones, padding included.
+    "moe tp2 sp, auxiliary loss": Case("moe", TP2 | SP, align=2, transformer=AUX),
+    "moe tp2 sp ep2, auxiliary loss": Case("moe", TP2 | SP | EP2, align=2, transformer=AUX),
     "dp2, updated": Case(updated=True),
     "dp2, updated, overlapped": Case(updated=True, ddp={"overlap_grad_reduce": True, "overlap_param_gather": True}),
     "moe ep2, updated": Case("moe", EP2, updated=True),
@@ -111,11 +118,11 @@ FOUR = {
 }
 
 
-def samples(num: int = 9) -> list[Sample]:
+def samples(poisoned: bool = False) -> list[Sample]:
     """Ragged sequences of both roles; engine log-probs are near a random policy's, so that some ratios are clipped."""
     rng = np.random.default_rng(5)
     made = []
-    for index in range(num):
+    for index in range(9):
         prompt, response = rng.integers(2, 14), rng.integers(1, 11)
         length = int(prompt + response)
         role = Role.GENERATOR if index % 3 == 0 else Role.PREDICTOR
@@ -126,7 +133,7 @@ def samples(num: int = 9) -> list[Sample]:
                 token_ids=tuple(int(token) for token in rng.integers(0, 250, length)),
                 loss_weights=tuple(float(w) for w in weight * trained),
                 rollout_log_probs=tuple(float(x) for x in rng.normal(-5.7, 0.8, length) * trained),
-                advantage=float(rng.normal()),
+                advantage=float("nan") if poisoned and index == 4 else float(rng.normal()),
                 role=role,
                 group_id=f"1.0.{index}",
             )
@@ -134,8 +141,7 @@ def samples(num: int = 9) -> list[Sample]:
     return made
 
 
-def outcome(case: Case, learned: list[Sample] | None = None) -> dict[str, Any] | None:
-    """Whole gradients (or updated parameters), metrics and scores of a case; on rank 0, None elsewhere."""
+def build(case: Case) -> tuple[Parallel, Trainer, UpdatePlan]:
     config = Config(
         model=ModelConfig(init="random"),
         parallel=ParallelConfig(**case.layout, use_distributed_optimizer=case.updated),
@@ -143,72 +149,80 @@ def outcome(case: Case, learned: list[Sample] | None = None) -> dict[str, Any] |
         train=TrainConfig(
             lr=1e-3, lr_decay_style="constant", kl_coef=0.1 * case.rescored, clip_grad=float(case.updated)
         ),
+        transformer=case.transformer,
         ddp=case.ddp,
     )
     parallel = init_parallel(config.parallel, PLATFORM, seed=1)
-    chunks = build_model(MODELS[case.model], config, PLATFORM, parallel)
-    trainer = Trainer(chunks, config, PLATFORM, parallel)
-    align = parallel.tp_size if config.parallel.sequence_parallel else 1
+    trainer = Trainer(build_model(MODELS[case.model], config, PLATFORM, parallel), config, PLATFORM, parallel)
     plan = plan_update(
-        learned or samples(),
+        samples(case.poisoned),
         max_tokens=case.max_tokens,
         dp_size=parallel.dp_size,
         loss_aggregation=case.mean,
-        align=align,
+        align=parallel.tp_size if config.parallel.sequence_parallel else case.align,
     )
+    return parallel, trainer, plan
+
+
+def outcome(case: Case) -> dict[str, Any] | None:
+    """Whole gradients (or changes of the parameters), metrics and scores of a case; on rank 0, None elsewhere."""
+    parallel, trainer, plan = build(case)
     mine = plan.micro_batches[parallel.dp_rank]
+    before = whole(trainer.chunks, "data")
     scored = trainer.score(mine)
-    old = [scores + 0.3 * np.cos(np.arange(len(scores), dtype=np.float32)) for scores in scored] if False else None
-    reference = None
-    if case.rescored:
-        old, reference = [0.9 * s for s in scored], [0.8 * s for s in scored]
-    result = trainer.step(plan, lr_step=1, old_log_probs=old, ref_log_probs=reference)
+    result = trainer.step(
+        plan,
+        lr_step=1,
+        old_log_probs=[0.97 * values for values in scored] if case.rescored else None,
+        ref_log_probs=[0.8 * values for values in scored] if case.rescored else None,
+    )
     if case.ddp.get("overlap_param_gather"):
-        chunks[0].start_param_sync(force_sync=True)
-    tensors = whole(chunks, "data" if case.updated else "main_grad")
+        trainer.chunks[0].start_param_sync(force_sync=True)
+    if case.updated:
+        tensors = {name: after - before[name] for name, after in whole(trainer.chunks, "data").items()}
+    else:
+        tensors = whole(trainer.chunks, "main_grad")
     scores = {}
     for batch, values in zip(mine, scored, strict=True):
         bounds = zip(batch.cu_seqlens, batch.cu_seqlens[1:], batch.sample_indices, strict=False)
         scores |= {index: values[start:end] for start, end, index in bounds if index >= 0}
     everywhere: list[Any] = [None] * parallel.world_size
     dist.all_gather_object(everywhere, scores)
-    gathered = {index: values for part in everywhere for index, values in part.items()}
     parallel_state.destroy_model_parallel()
     if not parallel.is_rank0:
         return None
+    gathered = {index: values for part in everywhere for index, values in part.items()}
     return {"tensors": tensors, "metrics": dict(result.metrics), "scores": gathered}
 
 
 def whole(chunks: Any, attribute: str) -> dict[str, torch.Tensor]:
     """An attribute of all parameters, by Hugging Face name; copies on several ranks must agree."""
     mine = [
-        (shard.hf_names, shard.rank, shard.size, getattr(shard.parameter, attribute).clone())
+        (shard.hf_names, shard.entry.mapping, shard.shape, shard.rank, getattr(shard.parameter, attribute).clone())
         for shard in shards_of(chunks)
     ]
     everywhere: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, mine)
     pieces: dict[tuple[str, ...], dict[int, torch.Tensor]] = {}
-    for names, rank, _, tensor in (entry for part in everywhere for entry in part):
-        known = pieces.setdefault(names, {}).setdefault(rank, tensor)
-        assert known.shape == tensor.shape
-        if not torch.allclose(tensor, known, rtol=1e-5, atol=1e-6):
-            print("DIFFER", names, rank, (tensor - known).abs().max(), known.abs().max(), file=sys.stderr)
     found = {}
-    table = {names: (shard.entry, shard.shape) for shard in shards_of(chunks) for names in [shard.hf_names]}
-    tables: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(tables, dict(table))
-    table = {names: value for part in tables for names, value in part.items()}
-    for names, by_rank in pieces.items():
-        entry, shape = table[names]
-        found |= dict(zip(names, entry.mapping.to_hf([by_rank[r] for r in sorted(by_rank)], shape), strict=True))
-    return found
+    for names, mapping, shape, rank, tensor in (entry for part in everywhere for entry in part):
+        by_rank = pieces.setdefault(names, {})
+        torch.testing.assert_close(tensor, by_rank.setdefault(rank, tensor), rtol=1e-5, atol=1e-6)
+        found[names] = (mapping, shape)
+    return {
+        name: tensor
+        for names, (mapping, shape) in found.items()
+        for name, tensor in zip(
+            names, mapping.to_hf([pieces[names][rank] for rank in sorted(pieces[names])], shape), strict=True
+        )
+    }
 
 
 def compare(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
     """Errors of a case."""
     tensors, reference = found["tensors"], wanted["tensors"]
     assert tensors.keys() == reference.keys(), tensors.keys() ^ reference.keys()
-    assert all(value.abs().max() > 0 for value in reference.values())
+    assert all(value.abs().max() > 0 for value in reference.values()), "a parameter has no gradient"
     errors = {name: (tensors[name] - value).norm().item() for name, value in reference.items()}
     norms = {name: value.norm().item() for name, value in reference.items()}
     relative = {name: errors[name] / norms[name] for name in errors}
@@ -272,18 +286,20 @@ def vocabulary_parallel_error() -> dict[str, float]:
 
 
 def refusal() -> dict[str, Any]:
-    """What a rank says and keeps when another rank has a NaN."""
-    poisoned = [replace(sample, advantage=float("nan")) if n == 4 else sample for n, sample in enumerate(samples())]
+    """What every rank says, and whether it keeps its weights and optimizer, when one rank meets a NaN."""
+    _, trainer, plan = build(Case(updated=True, poisoned=True))
+    before = whole(trainer.chunks, "data")
     try:
-        outcome(Case(updated=True), poisoned)
+        trainer.step(plan, lr_step=1)
     except NumericsError as error:
         said = str(error)
     else:
         said = "nothing"
-    parallel_state.destroy_model_parallel()
+    is_kept = all(torch.equal(before[name], after) for name, after in whole(trainer.chunks, "data").items())
     heard: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(heard, said)
-    return {"said": heard}
+    dist.all_gather_object(heard, (said, is_kept, len(trainer.optimizer.state)))
+    parallel_state.destroy_model_parallel()
+    return {"heard": heard}
 
 
 def main(which: str, out: Path) -> None:
@@ -299,7 +315,6 @@ def main(which: str, out: Path) -> None:
         references = {key: results[key] for key in wanted}
         report = {name: compare(results[name], references[str(reference_of(case))]) for name, case in own.items()}
     for name, case in cases.items():
-        print("CASE", name, file=sys.stderr, flush=True)
         result = outcome(case)
         if result is not None:
             report[name] = compare(result, references[str(reference_of(case))])
