@@ -44,11 +44,15 @@ def _facts(run: RunFiles) -> str:
         ("Attribution", run.facts.get("attribution")),
     ]
     shown = [
-        f"<div{' class=wide' if len(str(value)) > 28 else ''}><dt>{name}</dt><dd>{html.escape(str(value))}</dd></div>"
+        f'<div class="{_width(str(value))}"><dt>{name}</dt><dd>{html.escape(str(value))}</dd></div>'
         for name, value in rows
         if value not in (None, "")
     ]
     return f'<dl class="facts">{"".join(shown)}</dl>' if shown else ""
+
+
+def _width(text: str) -> str:
+    return "whole" if len(text) > 90 else "wide" if len(text) > 28 else ""
 
 
 def _round(run: RunFiles) -> str | None:

@@ -116,7 +116,7 @@ class Chart {
       this.svg.append(svg("line", { class: "grid-line", x1: LEFT, x2: this.width - RIGHT, y1: y, y2: y }),
         svg("text", { x: LEFT - 6, y: y + 4, "text-anchor": "end" }, this.tick(tick)));
     }
-    const [first, last] = this.domain(), gap = Math.max(1, niceGap((last - first) / Math.max(2, this.width / 90)));
+    const [first, last] = this.domain(), gap = Math.max(1, niceGap((last - first) / Math.max(2, this.width / 60)));
     for (let step = Math.ceil(first / gap) * gap; step <= last; step += gap) {
       const x = this.x(step), isCutOff = x + 3.5 * number(step).length > this.width;
       this.svg.append(svg("text", { x: isCutOff ? this.width : x, y: HEIGHT - 5, "text-anchor": isCutOff ? "end" : "middle" }, number(step)));
