@@ -22,19 +22,7 @@ import torch.utils._device
 
 CPU = torch.device("cpu")
 ALL = ">=0.16,<0.20"
-FACTORIES = (
-    "zeros",
-    "ones",
-    "empty",
-    "full",
-    "tensor",
-    "arange",
-    "rand",
-    "randn",
-    "zeros_like",
-    "ones_like",
-    "empty_like",
-)
+FACTORIES = tuple("zeros ones empty full tensor arange rand randn zeros_like ones_like empty_like".split())
 
 
 @dataclass(frozen=True)
