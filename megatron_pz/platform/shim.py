@@ -1,8 +1,7 @@
 """What stock Megatron-Core asks of CUDA, answered on a machine without it.
 
 The shim is the table `PATCHES`: target, replacement, reason, versions of megatron-core, and a probe that fails while
-the target is stock and passes once it is replaced. A test runs every probe both ways, so a target that vanished, or that
-is no longer needed, is noticed. `install()` is process-wide, idempotent and meant for the CPU platform only.
+the target is stock and passes once it is replaced. `install()` is process-wide, idempotent and meant for the CPU only.
 """
 
 from __future__ import annotations
