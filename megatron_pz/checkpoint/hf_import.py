@@ -1,81 +1,109 @@
-"""Weights of a Hugging Face folder into the model chunks of this rank: each rank reads only what it holds a piece of."""
+"""Weights of a Hugging Face folder into the model chunks of this rank: each rank reads only what it holds a piece of.
+
+The names in the folder are compared with those of the whole model, on every rank alike, before anything is read.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_pz.errors import ModelError
-from megatron_pz.models.family import HfConfig
 from megatron_pz.models.folder import resolve_folder
 from megatron_pz.models.shards import shards_of, unwrap
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_NAMES = 12  # told of each fault
 
 
 def load_hf_weights(chunks: Sequence[torch.nn.Module], folder: str | Path) -> None:
     """Fill the chunks with the weights of `folder`, cast to the parameters' dtype.
 
+    An optimizer with float32 copies of the parameters must be made after this.
+
     Raises:
-        ModelError: there are no weights, or a tensor is missing, left over, unreadable or of another shape; all names
-            are told at once.
+        ModelError: there are no weights, or tensors are missing, left over, unreadable or of another shape; all that
+            are seen are named at once.
     """
     path = resolve_folder(folder)
-    files = tensor_files(path)
-    shards = shards_of(chunks)
-    wanted = {name for shard in shards for name in shard.hf_names}
-    missing = sorted(wanted - files.keys())
-    is_whole = len(chunks) == 1 and unwrap(chunks[0]).pre_process and unwrap(chunks[0]).post_process
-    unknown = sorted(files.keys() - wanted - _copies(unwrap(chunks[0]).hf_config)) if is_whole and _alone() else []
-    if missing or unknown:
-        faults = [
-            f"{kind} {', '.join(names)}" for kind, names in (("missing", missing), ("left over", unknown)) if names
-        ]
-        raise ModelError(f"{path}: the weights do not fit config.json: {'; '.join(faults)}.")
-    for shard in shards:
-        shard.fill(lambda name: _read(files[name], name))
+    reader = TensorReader(path)
+    policy = unwrap(chunks[0])
+    wanted = set(policy.family.hf_names(policy.hf_config))
+    missing, unknown = wanted - reader.names, {name for name in reader.names - wanted if not _is_spare(name, wanted)}
+    faults = [f"{kind}: {_told(names)}" for kind, names in (("missing", missing), ("left over", unknown)) if names]
+    if faults:
+        raise ModelError(f"{path}: the weights do not fit config.json; {'; '.join(faults)}.")
+    misshaped = []
+    for shard in shards_of(chunks):
+        try:
+            shard.fill(reader.read)
+        except ModelError as error:
+            misshaped.append(str(error).rstrip("."))
+    if misshaped:
+        raise ModelError(f"{path}: the weights do not fit config.json; {'; '.join(misshaped[:MAX_NAMES])}.")
 
 
-def tensor_files(path: Path) -> dict[str, Path]:
-    """File of each tensor in a folder of safetensors, by its name.
+class TensorReader:
+    """Tensors by name out of a folder of safetensors, one file or several with an index.
 
     Raises:
-        ModelError: there is none, or the index is broken.
+        ModelError: there are none, the index is broken or names a file that is not there, or a file cannot be read.
     """
-    if (path / INDEX).is_file():
+
+    def __init__(self, folder: Path) -> None:
+        self._open: dict[Path, Any] = {}
+        self._file_of = self._files(folder)
+
+    @property
+    def names(self) -> set[str]:
+        """Of every tensor."""
+        return set(self._file_of)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One whole tensor, on the CPU, in the dtype of the file."""
+        path = self._file_of[name]
         try:
-            names = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        except (json.JSONDecodeError, KeyError) as error:
-            raise ModelError(f"{path / INDEX} is no index of safetensors: {error!r}.") from error
-        absent = sorted({file for file in names.values() if not (path / file).is_file()})
-        if absent:
-            raise ModelError(f"{path} lacks {', '.join(absent)}, which its index names; fetch the folder again.")
-        return {name: path / file for name, file in names.items()}
-    if not (path / SINGLE).is_file():
-        raise ModelError(f'{path} has neither {SINGLE} nor {INDEX}; to start from random weights set --init "random".')
-    try:
-        with safe_open(path / SINGLE, framework="pt") as file:
-            return dict.fromkeys(file.keys(), path / SINGLE)
-    except SafetensorError as error:
-        raise ModelError(f"{path / SINGLE} cannot be read: {error}.") from error
+            return self._handle(path).get_tensor(name)
+        except SafetensorError as error:
+            raise ModelError(f"{path}: tensor {name} cannot be read: {error}.") from error
+
+    def _files(self, folder: Path) -> dict[str, Path]:
+        if (folder / INDEX).is_file():
+            try:
+                files = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            except (json.JSONDecodeError, KeyError) as error:
+                raise ModelError(f"{folder / INDEX} is no index of safetensors: {error!r}.") from error
+            absent = {file for file in files.values() if not (folder / file).is_file()}
+            if absent:
+                raise ModelError(f"{folder} lacks {_told(absent)}, which its index names; fetch the folder again.")
+            return {name: folder / file for name, file in files.items()}
+        if not (folder / SINGLE).is_file():
+            raise ModelError(
+                f'{folder} has neither {SINGLE} nor {INDEX}; to start from random weights set --init "random".'
+            )
+        return dict.fromkeys(self._handle(folder / SINGLE).keys(), folder / SINGLE)
+
+    def _handle(self, path: Path) -> Any:
+        # Kept open: a header lists thousands of experts, and there are as many reads.
+        if path not in self._open:
+            try:
+                self._open[path] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{path} cannot be read: {error}; fetch the folder again.") from error
+        return self._open[path]
 
 
-def _read(path: Path, name: str) -> torch.Tensor:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
-    except SafetensorError as error:
-        raise ModelError(f"{path}: tensor {name} cannot be read: {error}.") from error
+def _is_spare(name: str, wanted: set[str]) -> bool:
+    """Whether a tensor can be left out: a tied head's copy of the embedding, or a table of rotary frequencies."""
+    return (name == "lm_head.weight" and "lm_head.weight" not in wanted) or name.endswith("rotary_emb.inv_freq")
 
 
-def _copies(hf_config: HfConfig) -> set[str]:
-    """Tensors that repeat another one, as some folders of tied models have them."""
-    return {"lm_head.weight"} if hf_config.get("tie_word_embeddings") else set()
-
-
-def _alone() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
+def _told(names: set[str]) -> str:
+    """Names in order, the first few of many."""
+    first, rest = sorted(names)[:MAX_NAMES], len(names) - MAX_NAMES
+    return ", ".join(first) + (f" and {rest} more" if rest > 0 else "")

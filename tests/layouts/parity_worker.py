@@ -31,9 +31,7 @@ from megatron_pz.models.folder import read_hf_config  # noqa: E402
 from megatron_pz.models.policy import build_policy  # noqa: E402
 from megatron_pz.train.parallel import Parallel, init_parallel, shutdown  # noqa: E402
 
-TP2, PP2, EP2 = (
-    {f"{name}_model_parallel_size": 2} for name in ("tensor", "pipeline", "expert")
-)
+TP2, PP2, EP2 = ({f"{name}_model_parallel_size": 2} for name in ("tensor", "pipeline", "expert"))
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 tp2": ("qwen3", TP2),
     "qwen3 tp2 sp": ("qwen3", TP2 | {"sequence_parallel": True}),

@@ -1,0 +1,51 @@
+"""Models of `transformers` in 13 layouts of two ranks: same logits and log-probs, and the same folder back."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hf_models
+import pytest
+import torch
+
+WORKER = Path(__file__).parents[1] / "layouts" / "parity_worker.py"
+TOLERANCE = 1e-4  # of logits with standard deviation 1.5; 6e-6 is seen
+CASES = [
+    *("qwen3 dp2", "qwen3 tp2", "qwen3 tp2 sp", "qwen3 pp2", "qwen3 untied pp2", "llama tp2"),
+    *("smollm3 tp2", "smollm3 pp2", "qwen3_moe tp2", "qwen3_moe ep2", "qwen3_moe tp2 ep2"),
+    *("qwen3_moe mixed ep2", "qwen3_moe mixed pp2"),
+]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parity")
+    expected = {}
+    for name in hf_models.MODELS:
+        hf_models.make(name, folder / name)
+        expected[name] = hf_models.expected_logits(folder / name)
+    torch.save(expected, folder / "logits.pt")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    paths = os.pathsep.join([str(WORKER.parents[2]), str(WORKER.parents[1])])
+    done = subprocess.run(
+        [*launch, str(WORKER), str(folder)],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    found = json.loads((folder / "report.json").read_text())
+    assert sorted(found) == sorted(CASES)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_layout_answers_as_transformers_and_exports_the_same_bits(report, case):
+    print(case, report[case])
+    assert report[case]["logits"] < TOLERANCE
+    assert report[case]["log_probs"] < TOLERANCE
+    assert report[case]["bitwise"] == []
