@@ -105,7 +105,7 @@ class _TensorFiles:
         if count == 1:
             self._part(0).rename(self.folder / SINGLE)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self._names):
             final = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
             self._part(number).rename(self.folder / final)

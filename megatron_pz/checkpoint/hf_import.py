@@ -35,7 +35,7 @@ def load_hf_weights(chunks: Sequence[torch.nn.Module], folder: str | Path) -> No
     policy = unwrap(chunks[0])
     wanted = set(policy.family.hf_names(policy.hf_config))
     missing, unknown = wanted - reader.names, {name for name in reader.names - wanted if not _is_spare(name, wanted)}
-    faults = [f"{kind}: {_told(names)}" for kind, names in (("missing", missing), ("left over", unknown)) if names]
+    faults = [f"{kind} {_told(names)}" for kind, names in (("missing", missing), ("left over", unknown)) if names]
     if faults:
         raise ModelError(f"{path}: the weights do not fit config.json; {'; '.join(faults)}.")
     misshaped = []

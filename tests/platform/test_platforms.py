@@ -1,0 +1,131 @@
+"""What platforms answer, and the layers that the CPU adds to Megatron's."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_pz.platform.select import select_platform
+
+PLATFORM = select_platform("cpu")
+
+from megatron.core.tensor_parallel import get_cuda_rng_tracker  # noqa: E402
+
+from megatron_pz.config.schema import Config  # noqa: E402
+from megatron_pz.errors import ConfigError, LayoutError  # noqa: E402
+from megatron_pz.platform.base import torch_dtype  # noqa: E402
+from megatron_pz.platform.cpu_layers import PackedAttention, RMSNorm  # noqa: E402
+from megatron_pz.platform.cuda import CudaPlatform  # noqa: E402
+from megatron_pz.train.parallel import init_parallel, shutdown  # noqa: E402
+
+
+def settings(**fields):
+    base = {"context_parallel_size": 1, "params_dtype": torch.float32, "sequence_parallel": False}
+    return SimpleNamespace(**(base | fields))
+
+
+def test_the_cpu_answers_for_itself():
+    assert (PLATFORM.name, PLATFORM.backend, PLATFORM.device) == ("cpu", "gloo", torch.device("cpu"))
+    assert select_platform("cpu") is PLATFORM
+    memory = PLATFORM.memory_bytes()
+    assert 50e6 < memory["allocated"] <= 1.05 * memory["peak"]
+    PLATFORM.synchronize()
+
+
+def test_an_unknown_platform_is_told_with_the_known():
+    with pytest.raises(ConfigError, match="'tpu'; it must be one of cpu, cuda"):
+        select_platform("tpu")
+
+
+def test_cuda_is_refused_in_a_process_that_runs_as_cpu():
+    with pytest.raises(ConfigError, match="already runs as cpu"):
+        select_platform("cuda")
+
+
+def test_transformer_engine_that_is_wanted_and_missing_is_an_error():
+    platform = CudaPlatform()
+    with pytest.raises(ConfigError, match='transformer_impl = "local"'):
+        platform.layer_spec(settings(transformer_impl="transformer_engine"))
+    assert platform.transformer_defaults()["transformer_impl"] == "transformer_engine"
+    assert platform.transformer_defaults("local")["apply_rope_fusion"] is False
+
+
+def test_dtypes_have_names():
+    assert torch_dtype("bfloat16") is torch.bfloat16
+    with pytest.raises(ConfigError, match="'float8'"):
+        torch_dtype("float8")
+
+
+def test_cumulative_lengths_become_megatrons_packed_sequences():
+    found = PLATFORM.packed_seq_params(np.array([0, 3, 10, 11], dtype=np.int32))
+    assert found.qkv_format == "thd"
+    assert found.cu_seqlens_q.tolist() == [0, 3, 10, 11]
+    assert found.cu_seqlens_kv.dtype is torch.int32
+    assert (found.max_seqlen_q, found.max_seqlen_kv) == (7, 7)
+
+
+def test_random_states_come_back():
+    init_parallel(Config().parallel, PLATFORM, seed=5)
+    try:
+        state = PLATFORM.rng_state()
+        assert set(state["tracker"]) >= {"model-parallel-rng", "expert-parallel-rng"}
+
+        def drawn():
+            with get_cuda_rng_tracker().fork():
+                inner = torch.rand(3)
+            return torch.cat([torch.rand(3), inner])
+
+        first, second = drawn(), drawn()
+        assert not torch.equal(first, second)
+        PLATFORM.set_rng_state(state)
+        assert torch.equal(drawn(), first)
+    finally:
+        shutdown()
+
+
+def test_the_norm_divides_by_the_root_mean_square_and_knows_sequence_parallelism():
+    norm = RMSNorm(settings(sequence_parallel=True), 2, eps=0.0)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, 2.0]))
+    # Root mean square of (3, 4) is sqrt(12.5) = 3.5355.
+    assert norm(torch.tensor([3.0, 4.0])).tolist() == pytest.approx([0.848528, 2.262742], abs=1e-5)
+    assert norm.weight.sequence_parallel is True
+    assert RMSNorm(settings(params_dtype=torch.bfloat16), 2).weight.dtype is torch.bfloat16
+
+
+def test_packed_attention_is_attention_of_each_sequence_alone():
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(7, 4, 8, generator=generator)
+    key, value = (torch.randn(7, 2, 8, generator=generator) for _ in range(2))
+    attention = PackedAttention(settings(), layer_number=1)
+    packed = attention(query, key, value, packed_seq_params=PLATFORM.packed_seq_params(np.array([0, 5, 7])))
+    assert packed.shape == (7, 32)
+    for start, end in ((0, 5), (5, 7)):
+        scores = torch.einsum("qhd,khd->hqk", query[start:end], key[start:end].repeat_interleave(2, 1)) / 8**0.5
+        future = torch.ones(end - start, end - start).triu(1).bool()
+        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+        by_hand = torch.einsum("hqk,khd->qhd", weights, value[start:end].repeat_interleave(2, 1)).flatten(1)
+        assert torch.allclose(packed[start:end], by_hand, atol=1e-6)
+        alone = attention(*(x[start:end, None] for x in (query, key, value)))
+        assert torch.allclose(alone[:, 0], by_hand, atol=1e-6)
+
+
+def test_a_cache_answers_in_place_of_attention():
+    attention = PackedAttention(settings(), layer_number=3)
+    seen = []
+
+    class Cache:
+        def attend(self, layer_index, query, key, value):
+            seen.append((layer_index, query.shape, key.shape, value.shape))
+            return query.flatten(2)
+
+    query, key = torch.ones(2, 1, 4, 8), torch.ones(2, 1, 2, 8)
+    attention.cache = Cache()
+    assert attention(query, key, key).shape == (2, 1, 32)
+    assert seen == [(2, (2, 1, 4, 8), (2, 1, 2, 8), (2, 1, 2, 8))]
+
+
+def test_split_sequences_are_refused_by_the_local_attention():
+    with pytest.raises(LayoutError, match="context_parallel_size is 2"):
+        PackedAttention(settings(context_parallel_size=2), layer_number=1)
