@@ -7,7 +7,7 @@ A loss or gradient that is not finite leaves the weights as they were, and leave
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -97,13 +97,19 @@ class Learner:
 
 
 def _mean(results: Sequence[UpdateResult]) -> UpdateResult:
-    if len(results) == 1:
-        return results[0]
-    pick: Callable[[str], float] = lambda name: float(np.mean([r.metrics[name] for r in results]))  # noqa: E731
+    """Means over the updates that were applied; a metric that only some of them have, over those."""
+    applied = [result for result in results if result.applied]
+    if len(applied) < 2:
+        return (applied or list(results))[0]
+    found: dict[str, list[float]] = {}
+    for result in applied:
+        for name, value in result.metrics.items():
+            found.setdefault(name, []).append(value)
+    metrics = {name: float(np.mean(values)) for name, values in found.items()}
     return UpdateResult(
-        applied=any(result.applied for result in results),
-        loss=float(np.mean([result.loss for result in results])),
-        grad_norm=float(np.mean([result.grad_norm for result in results])),
-        lr=results[-1].lr,
-        metrics={name: pick(name) for name in results[0].metrics},
+        applied=True,
+        loss=metrics["loss"],
+        grad_norm=metrics["grad_norm"],
+        lr=applied[-1].lr,
+        metrics=metrics,
     )

@@ -18,6 +18,7 @@ import torch  # noqa: E402
 from megatron_pz.batch.schedule import plan_update  # noqa: E402
 from megatron_pz.models.shards import unwrap  # noqa: E402
 from megatron_pz.report.metrics import check  # noqa: E402
+from megatron_pz.train.learn import Learner  # noqa: E402
 from megatron_pz.train.loss import k3  # noqa: E402
 from megatron_pz.train.model import build_model  # noqa: E402
 from megatron_pz.train.parallel import init_parallel, shutdown  # noqa: E402
@@ -73,16 +74,16 @@ def weights_of(trainer):
     return {name: value.detach().clone() for name, value in trainer.chunks[0].named_parameters()}
 
 
-def logits_of(trainer, token_ids):
+def logits_of(trainer, token_ids, grad=False):
     """The model's own logits of one sequence, [tokens, vocabulary], by its other path."""
     ids = torch.tensor([token_ids])
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         return unwrap(trainer.chunks[0])(ids, torch.arange(len(token_ids))[None])[0]
 
 
-def log_probs_of(trainer, token_ids, temperature=1.0):
+def log_probs_of(trainer, token_ids, temperature=1.0, grad=False):
     """Of each token after the first."""
-    table = (logits_of(trainer, token_ids) / temperature).log_softmax(-1)
+    table = (logits_of(trainer, token_ids, grad) / temperature).log_softmax(-1)
     return table[:-1].gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0]
 
 
@@ -114,6 +115,26 @@ def test_text_is_learned_at_temperature_one_and_its_loss_is_the_mean_cross_entro
     assert result.loss == pytest.approx(wanted / 7, rel=1e-5)
     assert result.metrics["tokens/trained"] == 7
     assert set(result.metrics) == {"loss", "grad_norm", "lr", "entropy", "tokens/trained", "tokens/packed"}
+
+
+@pytest.mark.parametrize("mean", ["token_mean", "sequence_mean"])
+def test_gradients_are_those_of_the_formula_written_out(trainer, mean):
+    one = trainer(clip_grad=0.0)
+    samples = [replace(s, rollout_log_probs=tuple(p - 0.05 for p in s.rollout_log_probs)) for s in scored(one, SAMPLES)]
+    losses = []  # paper Eq. 11 a token; no ratio of exp(0.05) is clipped
+    for s in samples:
+        trained = np.array(s.loss_weights[1:]) > 0
+        new = log_probs_of(one, s.token_ids, grad=True)[trained]
+        losses.append(-(new - torch.tensor(s.rollout_log_probs[1:])[trained]).exp() * s.advantage)
+    wanted = torch.cat(losses).mean() if mean == "token_mean" else torch.stack([x.mean() for x in losses]).mean()
+    parameters = list(one.chunks[0].parameters())
+    grads = torch.autograd.grad(wanted, parameters)
+
+    result = one.step(plan_update(samples, max_tokens=8, loss_aggregation=mean), lr_step=1)
+
+    assert result.loss == pytest.approx(wanted.item(), rel=1e-5)
+    for parameter, grad in zip(parameters, grads, strict=True):
+        torch.testing.assert_close(parameter.main_grad, grad, rtol=1e-4, atol=1e-6 * grad.abs().max().item())
 
 
 def test_the_entropy_is_that_of_the_role_s_trained_tokens(trainer):
@@ -252,6 +273,19 @@ def test_what_is_not_finite_is_refused_and_the_next_update_is_as_if_it_had_not_b
     assert all(torch.equal(before[name], value) for name, value in weights_of(one).items())
     assert one.step(good, lr_step=1).loss == other.step(good, lr_step=1).loss
     assert all(torch.equal(value, weights_of(other)[name]) for name, value in weights_of(one).items())
+
+
+def test_several_updates_of_a_batch_report_what_each_of_them_has(trainer, tmp_path):
+    one = trainer(updates_per_batch=2)
+    samples = scored(one, SAMPLES)
+    plans = [plan_update(samples[:1], max_tokens=64), plan_update(samples[1:], max_tokens=64)]
+    result = Learner(one, one.config.train, tmp_path, rank=0).learn(plans, step=1)
+    assert result.metrics["entropy/mask"] > 0  # of the first only
+    assert result.metrics["entropy/prediction"] > 0  # of the second only
+    assert result.metrics["tokens/trained"] == (2 + 5) / 2
+    # Both are scored before the first update: engine and trainer have the same weights there.
+    assert result.metrics["mismatch/max_abs"] < 1e-5
+    assert result.metrics["ratio/mean"] != pytest.approx(1, abs=1e-4)
 
 
 def test_padding_and_empty_micro_batches_change_nothing_but_the_packed_tokens(trainer):
