@@ -65,6 +65,16 @@ def test_cumulative_lengths_become_megatrons_packed_sequences():
     assert (found.max_seqlen_q, found.max_seqlen_kv) == (7, 7)
 
 
+def test_tensors_made_for_cuda_lie_on_the_cpu_and_keep_everything_else():
+    made = torch.full((2,), 3, dtype=torch.int16, device="cuda", pin_memory=True)
+    assert (made.device, made.dtype, made.tolist()) == (torch.device("cpu"), torch.int16, [3, 3])
+    assert torch.ones(1).to("cuda", torch.float64).dtype is torch.float64
+    assert torch.ones(1).cuda().device == torch.device("cpu")
+    with torch.device("meta"):
+        assert torch.zeros(1).is_meta  # the planner's way of building without memory
+    assert torch.ones(1).type() == "torch.FloatTensor"  # only Megatron's optimizers are told otherwise
+
+
 def test_random_states_come_back():
     init_parallel(Config().parallel, PLATFORM, seed=5)
     try:
