@@ -1,7 +1,8 @@
 """What stock Megatron-Core asks of CUDA, answered on a machine without it.
 
 The shim is the table `PATCHES`: target, replacement, reason, versions of megatron-core, and a probe that fails while
-the target is stock and passes once it is replaced. `install()` is process-wide, idempotent and meant for the CPU only.
+the target is stock and passes once it is replaced; a test runs each both ways. `install()` is process-wide, idempotent
+and meant for the CPU only.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +85,7 @@ class Event(Stream):
         return 0.0
 
 
-_STREAM = Stream()
+_STREAM: Any = Stream()
 
 
 def _constant(value: Any) -> Callable[[Any], Callable[..., Any]]:
@@ -266,10 +267,7 @@ def _torch_patches() -> Iterator[Patch]:
         "torch:Tensor.cuda", lambda stock: lambda self, *a, **k: self, "p2p, schedules", lambda: torch.ones(1).cuda()
     )
     yield Patch(
-        "torch:Tensor.record_stream",
-        _constant(None),
-        "token_dispatcher",
-        lambda: torch.ones(1).record_stream(cast(Any, _STREAM)),
+        "torch:Tensor.record_stream", _constant(None), "token_dispatcher", lambda: torch.ones(1).record_stream(_STREAM)
     )
     yield Patch("torch:Tensor.to", _to_cpu, "dist_checkpointing, utils.py:1207", lambda: torch.ones(1).to("cuda"))
     yield Patch("torch:Tensor.type", _cuda_type_for_optimizers, "optimizer.py:671, clip_grads.py:167", _probe_type)
