@@ -1,8 +1,8 @@
 """Make the demo policy again: `examples/demo_policy`, a small Qwen3-architecture model with a tokenizer of its own.
 
-    python tools/make_demo_policy.py                            # all of it; about 25 minutes of one core
+    python tools/make_demo_policy.py                            # all of it; half an hour of one core
     python tools/make_demo_policy.py blank [FOLDER]             # 1. tokenizer and config.json, no weights
-                                                                # 2. runs continue_pt.toml, then sft.toml
+                                                                # 2. runs continue_pt, sft and sft_again (.toml)
     python tools/make_demo_policy.py commit HF_FOLDER [FOLDER]  # 3. weights of a finished run, as bfloat16
     python tools/make_demo_policy.py measure seen|held_out      # 4. how it plays before any reinforcement
 
@@ -31,6 +31,7 @@ PAD, EOS = "<pad>", "<eos>"
 SPECIAL = (PAD, EOS, "[mask]", "\\mask{", "\\boxed{", "}", "<gen>", "<pred>")
 VOCAB_SIZE = 4000
 MAX_BYTES = 12_000_000
+STAGES = ("continue_pt", "sft", "sft_again")
 RECORD = Path("benchmarks/records/demo_policy.json")
 MEASURED = ("eval/", "mask/", "prediction/", "groups/", "reward/")
 
@@ -155,10 +156,10 @@ def measure(texts: str) -> dict[str, float]:
 
 
 def make() -> None:
-    """Both stages, the committed folder and the record, from nothing."""
+    """All stages, the committed folder and the record, from nothing."""
     blank(BLANK)
-    minutes = {stage: round(train(stage), 1) for stage in ("continue_pt", "sft")}
-    num_bytes = commit(Path("runs/demo_policy/sft/hf"), HOME)
+    minutes = {stage: round(train(stage), 1) for stage in STAGES}
+    num_bytes = commit(Path("runs/demo_policy") / STAGES[-1] / "hf", HOME)
     scores = {texts: measure(texts) for texts in ("seen", "held_out")}
     RECORD.parent.mkdir(parents=True, exist_ok=True)
     _write_json(RECORD, {"bytes": num_bytes, "minutes": minutes, **scores})
