@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 
 from megatron_pz.checkpoint.manifest import check_manifest, fingerprint, write_manifest
 from megatron_pz.errors import CheckpointError, DiskError
@@ -107,6 +107,7 @@ class CheckpointStore:
         for index, chunk in enumerate(chunks):
             unwrap(chunk).load_state_dict(loaded[f"model{index}"])
         optimizer.load_state_dict(loaded["optimizer"])
+        _separate_steps(optimizer)
         return (folder / STATE).read_text(encoding="utf-8")
 
     def _facts(self, step: int, chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
@@ -154,6 +155,18 @@ def _sharded(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, *,
     flat = model["model0"] if len(model) == 1 else {f"{k}.{n}": v for k, part in model.items() for n, v in part.items()}
     state = optimizer.sharded_state_dict(flat, is_loading=is_loading, metadata=SHARDING)
     return {**model, "optimizer": state}
+
+
+def _separate_steps(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter a step count of its own.
+
+    Without Transformer Engine Megatron loads one tensor for all of them, which torch's Adam then adds 1 to once for
+    every parameter.
+    """
+    for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+        for state in part.optimizer.state.values() if part.optimizer else ():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
 
 
 def _sync(folder: Path) -> None:

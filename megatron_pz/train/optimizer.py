@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from megatron_pz.config.schema import Config, TrainConfig
 from megatron_pz.platform.base import torch_dtype
@@ -84,8 +85,23 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], config: Config) -
         ConfigError: as `optimizer_config`.
     """
     optimizer = get_megatron_optimizer(optimizer_config(config), list(chunks))
+    for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
+        _start_adam(part.optimizer)
     chunks[0].config.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def _start_adam(adam: torch.optim.Optimizer | None) -> None:
+    """Give torch's Adam the moments of step 0, which it would make at the first update.
+
+    Megatron's `sharded_state_dict` reads them, and a checkpoint may be saved before, or loaded instead of, that update.
+    """
+    if not isinstance(adam, torch.optim.Adam):  # Transformer Engine's is started by Megatron
+        return
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, lr: float, weight_decay: float) -> None:

@@ -36,7 +36,7 @@ def corpus(tmp_path: Path) -> Path:
 
 def command(corpus: Path, run_dir: Path, steps: int, *flags: str) -> list[str]:
     config = str(ROOT / "examples" / "demo.toml")
-    paths = ["--hf-model", os.environ.get("PZ_POLICY", "examples/demo_policy"), "--data-path", str(corpus), "--run-dir", str(run_dir), "--train-iters", str(steps)]
+    paths = ["--data-path", str(corpus), "--run-dir", str(run_dir), "--train-iters", str(steps)]
     return ["-m", "megatron_pz", config, *paths, *SMALL, *flags]
 
 
@@ -45,7 +45,12 @@ def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("wb") as out:
         return subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env=env,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
 
