@@ -50,10 +50,13 @@ def check_manifest(folder: Path, model: str) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder} has no readable {MANIFEST} ({error}); it is no checkpoint of ours.") from error
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{folder}: format is {manifest.get('format')!r}, wanted {FORMAT!r}.")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} has no readable {MANIFEST} ({error}); it is no whole checkpoint of ours. Move it away."
+        ) from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{folder}: format is {found!r}, wanted {FORMAT!r}. Move it away.")
     if manifest.get("model") != model:
         raise CheckpointError(
             f"{folder} belongs to another model (config.json differs); give this run another --run-dir."

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_pz.checkpoint.manifest import check_manifest, fingerprint, write_manifest
 from megatron_pz.errors import CheckpointError, DiskError
@@ -26,6 +28,7 @@ from megatron_pz.models.shards import unwrap
 
 STATE = "run_state.json"
 SHARDS = "shards"
+_NAME = re.compile(r"step_(\d+)")
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -42,48 +45,50 @@ class CheckpointStore:
         self.folder, self.keep, self._group = folder, keep, group
         self._is_rank0 = not dist.is_initialized() or dist.get_rank() == 0
         if self._is_rank0:
-            folder.mkdir(parents=True, exist_ok=True)
-            for leftover in [*folder.glob(".tmp-*"), *folder.glob(".trash-*")]:
-                shutil.rmtree(leftover)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                for leftover in [*folder.glob(".tmp-*"), *folder.glob(".trash-*")]:
+                    shutil.rmtree(leftover)
+            except OSError as error:
+                raise DiskError(
+                    f"{folder} cannot be written: {error.strerror}. Give the run another --run-dir."
+                ) from error
         self._barrier()
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are there, oldest first."""
-        return sorted(int(path.name.removeprefix("step_")) for path in self.folder.glob("step_*"))
+        """Steps of the checkpoints that are there, oldest first. Folders of other names are not looked at."""
+        return sorted(int(found[1]) for path in self.folder.iterdir() if (found := _NAME.fullmatch(path.name)))
 
-    def save(self, step: int, chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, state: str) -> Path:
+    def save(
+        self,
+        step: int,
+        chunks: Sequence[torch.nn.Module],
+        optimizer: MegatronOptimizer,
+        state: str,
+        *,
+        drops_old: bool = True,
+    ) -> Path:
         """Write `step_N` and drop what is too old.
+
+        Args:
+            drops_old: whether older ones may go; a state that came to grief is kept beside all that went before.
 
         Raises:
             DiskError: no room or no right; older checkpoints are untouched.
         """
         final = self.folder / f"step_{step:06d}"
         partial = self.folder / f".tmp-{final.name}"
-        fault: OSError | None = None
+        self._on_rank0(lambda: self._prepare(partial, chunks), final, partial)
         try:
-            if self._is_rank0:
-                (partial / SHARDS).mkdir(parents=True, exist_ok=True)
-                self._check_room(chunks)
-            self._barrier()
             dist_checkpointing.save(_sharded(chunks, optimizer, is_loading=False), str(partial / SHARDS))
-            if self._is_rank0:
-                (partial / STATE).write_text(state, encoding="utf-8")
-                write_manifest(partial, self._facts(step, chunks))
-                _sync(partial)
-                if final.exists():
-                    final.rename(self.folder / f".trash-{final.name}")
-                partial.rename(final)
-                _sync_folder(self.folder)
-        except OSError as error:
-            fault = error
-        if fault is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-            free = shutil.disk_usage(self.folder).free
-            raise DiskError(
-                f"{final}: the checkpoint could not be written ({fault.strerror or fault}); {free} bytes are free. "
-                "Older checkpoints are untouched: free some room and start again."
-            ) from fault
-        if self._is_rank0:
+        except (
+            OSError,
+            RuntimeError,
+            CheckpointException,
+        ) as error:  # torch's writers have only RuntimeError to say it
+            raise self._fault(error, final, partial) from error
+        self._on_rank0(lambda: self._seal(partial, final, state, self._facts(step, chunks)), final, partial)
+        if self._is_rank0 and drops_old:
             self._drop_old()
         self._barrier()
         return final
@@ -110,6 +115,46 @@ class CheckpointStore:
         _separate_steps(optimizer)
         return (folder / STATE).read_text(encoding="utf-8")
 
+    def _prepare(self, partial: Path, chunks: Sequence[torch.nn.Module]) -> None:
+        (partial / SHARDS).mkdir(parents=True, exist_ok=True)
+        self._check_room(chunks)
+
+    def _seal(self, partial: Path, final: Path, state: str, facts: dict[str, Any]) -> None:
+        """From here on the checkpoint is there, or the one of the same step that it replaces."""
+        (partial / STATE).write_text(state, encoding="utf-8")
+        write_manifest(partial, facts)
+        _sync(partial)
+        if final.exists():
+            final.rename(self.folder / f".trash-{final.name}")
+        partial.rename(final)
+        _sync_folder(self.folder)
+
+    def _on_rank0(self, stage: Callable[[], None], final: Path, partial: Path) -> None:
+        """Run `stage` on rank 0; where it fails, no rank goes on."""
+        fault: OSError | None = None
+        if self._is_rank0:
+            try:
+                stage()
+            except OSError as error:
+                fault = error
+        failed = torch.tensor([int(fault is not None)])
+        if self._group is not None:
+            dist.all_reduce(failed, dist.ReduceOp.MAX, group=self._group)
+        if failed.item():
+            raise self._fault(fault or OSError("rank 0 could not write"), final, partial) from fault
+
+    def _fault(self, error: BaseException, final: Path, partial: Path) -> DiskError:
+        """The error to raise, once the part that was written is gone."""
+        if self._is_rank0:
+            shutil.rmtree(partial, ignore_errors=True)
+        cause = _first_cause(error)
+        told = cause.strerror if isinstance(cause, OSError) and cause.strerror else cause
+        free = shutil.disk_usage(self.folder).free
+        return DiskError(
+            f"{final}: the checkpoint could not be written ({told}); {free} bytes are free. "
+            "Older checkpoints are untouched: free some room and start again."
+        )
+
     def _facts(self, step: int, chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
         config = unwrap(chunks[0]).config
         return {
@@ -129,7 +174,7 @@ class CheckpointStore:
         parameters = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
         needed, free = 12 * parameters, shutil.disk_usage(self.folder).free
         if needed > free:
-            raise OSError(errno.ENOSPC, f"about {needed} bytes are needed, {free} are free")
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: about {needed} bytes are needed")
 
     def _is_whole(self, step: int, model: str) -> bool:
         try:
@@ -167,6 +212,13 @@ def _separate_steps(optimizer: MegatronOptimizer) -> None:
         for state in part.optimizer.state.values() if part.optimizer else ():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()
+
+
+def _first_cause(error: BaseException) -> object:
+    """What a failed save says of its first rank; Megatron hands on the ranks' errors to the one that gathers them."""
+    if not isinstance(error, CheckpointException):
+        return error
+    return next((failure[0] for failure in error.failures.values()), "another rank failed")
 
 
 def _sync(folder: Path) -> None:

@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from megatron_pz import __version__
 from megatron_pz.config.load import to_toml
 from megatron_pz.config.schema import Config
@@ -20,7 +22,7 @@ from megatron_pz.report.timers import Timers
 from megatron_pz.report.writers import RunWriter
 from megatron_pz.tasks.journal_rows import journal_rows
 from megatron_pz.train.play import Round
-from megatron_pz.types import UpdateResult
+from megatron_pz.types import Group, UpdateResult
 
 PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "numpy")
 
@@ -29,7 +31,13 @@ class SilentJournal:
     """The journal of ranks other than 0."""
 
     def write(
-        self, step: int, played: Round | None, update: UpdateResult | None, scores: Mapping[str, float], timers: Timers
+        self,
+        step: int,
+        drawn: Mapping[str, float],
+        played: Round | None,
+        update: UpdateResult | None,
+        scores: Mapping[str, float],
+        timers: Timers,
     ) -> None:
         """Forget the step's seconds."""
         timers.lap()
@@ -42,21 +50,33 @@ class RunJournal:
         self.writer, self.console, self.config = writer, console, config
 
     def write(
-        self, step: int, played: Round | None, update: UpdateResult | None, scores: Mapping[str, float], timers: Timers
+        self,
+        step: int,
+        drawn: Mapping[str, float],
+        played: Round | None,
+        update: UpdateResult | None,
+        scores: Mapping[str, float],
+        timers: Timers,
     ) -> None:
         """Put the step on record."""
-        metrics: dict[str, float] = dict(played.metrics) if played else {}
+        metrics: dict[str, float] = dict(drawn) | dict(played.metrics if played else {})
+        if played and played.groups:
+            metrics["tokens/generated"] = float(_num_generated(played.groups))
         if update is not None:
             metrics |= {"lr": update.lr}
             if update.applied:
                 metrics |= {"loss": update.loss, "grad_norm": update.grad_norm, **update.metrics}
-        metrics |= dict(scores) | timers.lap()
+        metrics |= {**scores, "memory/rss_bytes": float(psutil.Process().memory_info().rss), **timers.lap()}
         self.writer.metrics(step, metrics)
         if played and played.groups:
             self.writer.rollouts(journal_rows(played.groups, step))
         self.console.step(step, metrics)
         if played and scores and self.config.report.show_rollouts:
             self.console.show_games(played.groups, self.config.report.show_rollouts)
+
+
+def _num_generated(groups: Sequence[Group]) -> int:
+    return sum(len(rollout.completion.token_ids) for group in groups for rollout in group.rollouts)
 
 
 def describe_run(config: Config, run_dir: Path, facts: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ torchrun --nproc-per-node N -m megatron_pz CONFIG.toml [--flag value ...]     N 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -91,7 +92,8 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
     if config.model.init == "pretrained":
         load_hf_weights(chunks, folder)
     trainer = Trainer(chunks, config, platform, parallel)
-    learner = Learner(trainer, config.train, run_dir / "dumps", parallel.rank)
+    timers = Timers()
+    learner = Learner(trainer, config.train, run_dir / "dumps", parallel.rank, timers)
     store = CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep, parallel.control_group)
     state = RunState(config.train.seed)
     if steps := store.steps():
@@ -99,7 +101,6 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
     engine = embedded_engine(chunks, config.engine)
     engine.load(chunks, state.policy_version)
 
-    timers = Timers()
     console = Console(config.train.train_iters, state.step, enabled=parallel.is_rank0)
     writer = None
     if parallel.is_rank0:
@@ -114,7 +115,11 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
         }
         describe_run(config, run_dir, facts)
         writer = RunWriter(
-            run_dir, state.step, tensorboard=config.report.tensorboard, wandb_project=config.report.wandb_project
+            run_dir,
+            state.step,
+            tensorboard=config.report.tensorboard,
+            wandb_project=config.report.wandb_project,
+            wandb_config=dataclasses.asdict(config),
         )
         console.message(f"{len(paragraphs)} paragraphs ({_told(counts)}); run directory {run_dir}")
         if state.step:
@@ -126,9 +131,13 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
     )
     sets = _fixed_sets(config, task, tokenizer, templates, paragraphs) if config.evaluate.eval_interval else []
 
-    def save(at: RunState) -> None:
-        path = store.save(at.step, chunks, trainer.optimizer, at.to_json())
+    def save(at: RunState, *, drops_old: bool = True) -> None:
+        path = store.save(at.step, chunks, trainer.optimizer, at.to_json(), drops_old=drops_old)
         console.message(f"checkpoint {path}")
+
+    def rescue(at: RunState) -> None:
+        if at.step not in store.steps():
+            save(at, drops_old=False)
 
     with StopSignals(parallel.control_group) as signals, console:
         parts = Parts(
@@ -141,6 +150,7 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
             evaluate=_evaluator(config, sets, engine, parallel, writer),
             journal=RunJournal(writer, console, config) if writer else SilentJournal(),
             save=save,
+            rescue=rescue,
             signals=signals,
             timers=timers,
         )

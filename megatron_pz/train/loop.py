@@ -9,6 +9,7 @@ Every rank runs it. Rank 0 plays and writes; the others decode for it and train 
 from __future__ import annotations
 
 from megatron_pz.config.schema import Config
+from megatron_pz.errors import NumericsError
 from megatron_pz.train.parts import Parts
 from megatron_pz.train.state import RunState
 
@@ -20,13 +21,14 @@ def run(parts: Parts, config: Config, state: RunState) -> RunState:
         The state after the last completed step; it has been saved.
 
     Raises:
-        NumericsError: a loss or gradient was not finite; nothing was changed, and a dump that reproduces it was written.
+        NumericsError: a loss or gradient was not finite; nothing was changed, a dump that reproduces it was written, and
+            the state after the step before it saved.
     """
     timers, last = parts.timers, config.train.train_iters
     if state.step == 0 and config.evaluate.eval_interval:
         with timers("eval"):
             scores = parts.evaluate(0)
-        parts.journal.write(0, None, None, scores, timers)
+        parts.journal.write(0, {}, None, None, scores, timers)
     while state.step < last:
         step = state.step + 1
         with timers("rollout"):
@@ -34,8 +36,15 @@ def run(parts: Parts, config: Config, state: RunState) -> RunState:
             played = parts.player.play(step, paragraphs)
         with timers("batch"):
             plans = parts.deal(played, step)
-        with timers("train"):
-            update = parts.learner.learn(plans, step)
+        try:
+            with timers("train"):
+                update = parts.learner.learn(plans, step)
+        except NumericsError:
+            # In the middle of a step there is no state to go on from; before the first, none worth keeping.
+            if state.step and not parts.learner.is_mid_step:
+                parts.rescue(state)
+            raise
+        drawn = {"epoch": parts.corpus.epoch(state.position), "num_paragraphs": float(len(paragraphs))}
         state = state.advance(len(paragraphs), updated=update.applied)
         with timers("sync"):
             parts.engine.load(parts.trainer.chunks, state.policy_version)
@@ -44,7 +53,7 @@ def run(parts: Parts, config: Config, state: RunState) -> RunState:
             with timers("eval"):
                 scores = parts.evaluate(step)
         stop = parts.signals.agreed()
-        parts.journal.write(step, played, update, scores, timers)
+        parts.journal.write(step, drawn, played, update, scores, timers)
         if stop or is_due(step, config.checkpoint.save_interval, last):
             with timers("checkpoint"):
                 parts.save(state)

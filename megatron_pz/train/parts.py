@@ -28,17 +28,26 @@ class Corpus:
         """The `n` paragraphs from `position` on, counted in draws since the run began."""
         return [self.paragraphs[index] for index in self.cursor.take(position, n)]
 
+    def epoch(self, position: int) -> float:
+        """Passes over the corpus that are done at `position`."""
+        return position / len(self.paragraphs)
+
 
 class Journal(Protocol):
     def write(
         self,
         step: int,
+        drawn: Mapping[str, float],
         played: Round | None,
         update: UpdateResult | None,
         scores: Mapping[str, float],
         timers: Timers,
     ) -> None:
-        """Put a step on record: `metrics.jsonl`, `rollouts.jsonl`, TensorBoard, the console. Rank 0 writes."""
+        """Put a step on record: `metrics.jsonl`, `rollouts.jsonl`, TensorBoard, the console. Rank 0 writes.
+
+        Args:
+            drawn: metrics on the step's paragraphs, on every rank.
+        """
         ...
 
 
@@ -53,5 +62,6 @@ class Parts:
     evaluate: Callable[[int], Mapping[str, float]]
     journal: Journal
     save: Callable[[RunState], None]
+    rescue: Callable[[RunState], None]  # saves beside all older checkpoints, unless that step is saved already
     signals: StopSignals
     timers: Timers

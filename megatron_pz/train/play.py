@@ -80,4 +80,4 @@ class TextPlayer:
     def play(self, step: int, paragraphs: Sequence[Paragraph]) -> Round | None:
         if not self.is_rank0:
             return None
-        return Round((), self.task.samples(paragraphs, (self.seed, step)), {"num_paragraphs": float(len(paragraphs))})
+        return Round((), self.task.samples(paragraphs, (self.seed, step)))

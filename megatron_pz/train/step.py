@@ -91,7 +91,7 @@ class Trainer:
         collected = run_schedule(
             self.chunks,
             plan.micro_batches[self.parallel.dp_rank],
-            self._objective,
+            self.objective,
             self.platform,
             temperature=self.temperature,
             old_log_probs=old_log_probs,
@@ -138,7 +138,7 @@ class Trainer:
             scored = box[0]
         return scored
 
-    def _objective(self, batch: DeviceBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def objective(self, batch: DeviceBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(summed loss, trained tokens, statistics) of a micro-batch; `output` is [2, T]."""
         log_probs, entropy = output
         before = log_probs if batch.old_log_probs is None else batch.old_log_probs
