@@ -50,7 +50,8 @@ def select(
         raise CorpusError(
             f"None of {len(paragraphs)} paragraphs can be played ({found or 'the corpus is empty'}). Wanted: "
             f"{min_tokens} to {max_tokens} tokens{limit}, without {', '.join(RESERVED)} or the tokenizer's end tokens. "
-            "Set --min-paragraph-tokens and --max-paragraph-tokens to fit the text, or split it into paragraphs."
+            "Set --min-paragraph-tokens, --max-paragraph-tokens and --max-prompt-tokens to fit the text, or split it "
+            "into paragraphs."
         )
     return kept, {"kept": len(kept), **{reason: counts[reason] for reason in SELECTION_REASONS if counts[reason]}}
 

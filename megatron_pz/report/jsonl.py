@@ -143,15 +143,18 @@ def cut_after(path: Path, step: int) -> int:
     if not path.is_file():
         return 0
     kept, removed = 0, 0
-    with path.open("r+b") as file:
-        for line in file:
-            found = step_of(line)
-            if removed or found is None and not line.endswith(b"\n") or found is not None and found > step:
-                removed += 1
-            else:
-                kept += len(line)
-        if removed:
-            file.truncate(kept)
+    try:
+        with path.open("r+b") as file:
+            for line in file:
+                found = step_of(line)
+                if removed or found is None and not line.endswith(b"\n") or found is not None and found > step:
+                    removed += 1
+                else:
+                    kept += len(line)
+            if removed:
+                file.truncate(kept)
+    except OSError as error:
+        raise DiskError(f"{path} cannot be cut off after step {step}: {error.strerror}. Mend its rights.") from error
     return removed
 
 

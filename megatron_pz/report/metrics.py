@@ -93,13 +93,13 @@ TABLE: tuple[Metric, ...] = (
         ("loss", "nats a token", -_INF, _INF, "policy loss (paper Eq. 11), or negative log-likelihood of plain text"),
         ("grad_norm", "norm", 0, _INF, "global gradient norm before clipping"),
         ("lr", "1", 0, _INF, "learning rate of the update"),
-        ("entropy", "nats", 0, _INF, "mean entropy of the policy on trained tokens (supervised text)"),
+        ("entropy", "nats", 0, _INF, "mean entropy of the policy on trained tokens"),
         ("entropy/<role>", "nats", 0, _INF, "mean entropy of the policy on the role's trained tokens"),
         ("mismatch_kl", "nats", 0, _INF, "KL of engine and trainer on sampled tokens (k3)"),
         ("mismatch/max_abs", "nats", 0, _INF, "largest difference of a token's log-prob, engine against trainer"),
         ("clip_fraction", "share", 0, 1, "trained tokens whose ratio was clipped"),
         ("ratio/mean", "ratio", 0, _INF, "mean probability ratio, policy to the policy that sampled"),
-        ("ref_kl", "nats", 0, _INF, "KL to the initial policy on trained tokens (k3), where kl_coef is above 0"),
+        ("ref_kl", "nats", 0, _INF, "KL to the initial policy on trained tokens (k3)"),
         ("token_share/mask", "share", 0, 1, "mask generation's share of the trained tokens"),
     ),
     *_rows(
@@ -121,6 +121,19 @@ TABLE: tuple[Metric, ...] = (
     ),
 )
 """All metrics, in the order of `docs/metrics.md`."""
+
+
+_SCORED = "steps that score; `held_out` where held_out_path is set"
+WHEN: Mapping[str, str] = {
+    "entropy": "tasks continue_pt and sft",
+    "ref_kl": "kl_coef above 0",
+    "eval/<set>/accuracy": _SCORED,
+    "eval/<set>/format_rate": _SCORED,
+    "time/score_s": "kl_coef above 0, recompute_old_log_probs, or several updates a batch",
+    "time/eval_s": "steps that score",
+    "time/checkpoint_s": "steps after one that saved",
+}
+"""Rows that a run may go without, however much happens in it, and what brings them about."""
 
 
 def _expand(metric: Metric) -> tuple[Metric, ...]:
@@ -172,7 +185,9 @@ def markdown() -> str:
         "# Metrics",
         "",
         "One object a step in `metrics.jsonl` of the run directory; TensorBoard and W&B have the same names.",
-        "A metric that has nothing to speak of in a step (no prediction was made, nothing was scored) is left out.",
+        "A metric that has nothing to speak of in a step (no prediction was made, nothing was learned) is left out, and",
+        "so is one whose condition, after `Only:`, does not hold. The tasks `continue_pt` and `sft` generate nothing and",
+        "have no rewards, masks, predictions and groups.",
         "`<role>` is `mask` (mask generation) or `prediction` (mask prediction). `<set>` is `fixed_masks` (random",
         "masks on texts of the corpus) or `held_out` (on texts that are never trained on).",
         "",
@@ -183,7 +198,8 @@ def markdown() -> str:
         if row.section != section:
             section = row.section
             lines += ["", f"## {section}", "", "| name | unit | range | meaning |", "|---|---|---|---|"]
-        lines.append(f"| `{row.name}` | {row.unit} | {_range(row)} | {row.meaning.replace('|', chr(92) + '|')} |")
+        meaning = row.meaning + (f". Only: {WHEN[row.name]}" if row.name in WHEN else "")
+        lines.append(f"| `{row.name}` | {row.unit} | {_range(row)} | {meaning.replace('|', chr(92) + '|')} |")
     return "\n".join(lines) + "\n"
 
 

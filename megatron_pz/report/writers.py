@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import io
+import itertools
 import math
+import os
+import socket
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,13 +16,14 @@ from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from megatron_pz.errors import ConfigError, DiskError
 from megatron_pz.report.jsonl import EVAL_FILE, METRICS_FILE, ROLLOUTS_FILE, JsonLines, cut_after
 from megatron_pz.report.metrics import check
 
 TENSORBOARD_DIR = "logs/tensorboard"
+_FILES = itertools.count()
 
 
 class RunWriter:
@@ -85,28 +90,55 @@ class RunWriter:
 
 
 class TensorBoard:
-    """Scalars as an event file, written with TensorBoard's own classes: torch is not needed."""
+    """Scalars as an event file, in TensorBoard's own record format: torch is not needed.
+
+    Not by its EventFileWriter, whose thread meets a full disk out of sight, says so in a traceback, and may leave the
+    next flush waiting for ever.
+    """
 
     def __init__(self, folder: Path, step: int = 0) -> None:
+        # Runs of one process within a second are told apart by the number.
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_FILES)}"
+        self._path = folder / name
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._writer = EventFileWriter(str(folder))
+            self._file = self._path.open("wb", buffering=0)
         except OSError as error:
             raise DiskError(
                 f"{folder}: TensorBoard's file cannot be opened: {error.strerror}. Set --no-tensorboard."
             ) from error
+        self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
         # Tells TensorBoard to forget what an earlier run of this folder wrote for later steps.
         start = SessionLog(status=SessionLog.START)
-        self._writer.add_event(Event(wall_time=time.time(), step=step + 1 if step else 0, session_log=start))
+        self._append(Event(wall_time=time.time(), step=step + 1 if step else 0, session_log=start))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One event a step; values that are not finite are left out."""
+        """One event a step; values that are not finite are left out.
+
+        Raises:
+            DiskError: no room; the file is as it was.
+        """
         scalars = [Summary.Value(tag=k, simple_value=float(v)) for k, v in values.items() if math.isfinite(v)]
-        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
-        self._writer.flush()
+        self._append(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
+
+    def _append(self, event: Event) -> None:
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        size, view = self._file.tell(), record.getbuffer()
+        try:
+            while view:
+                view = view[self._file.write(view) :]
+        except OSError as error:
+            self._file.truncate(size)
+            self._file.seek(size)
+            raise DiskError(
+                f"{self._path}: TensorBoard's event of {len(record.getbuffer())} bytes could not be written: "
+                f"{error.strerror}. The file is as it was. Free some room or set --no-tensorboard, and start the run "
+                "again; it continues from its last checkpoint."
+            ) from error
 
 
 class WandB:

@@ -7,6 +7,7 @@ import json
 import platform as machine
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,11 @@ def write_whole(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         partial.rename(path)
     except OSError as error:
-        raise DiskError(f"{path} cannot be written: {error.strerror}. Give the run another --run-dir.") from error
+        with suppress(OSError):
+            partial.unlink()
+        raise DiskError(
+            f"{path} cannot be written: {error.strerror}. Free some room, or give the run another --run-dir."
+        ) from error
 
 
 def hashes(paths: Sequence[Path]) -> dict[str, str]:

@@ -87,6 +87,7 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
     templates = Templates.load(config.task.template_dir, config.task.prompt_style)
     task = make_task(config.task, config.engine, tokenizer, templates)
     paragraphs, counts = _paragraphs(config.corpus.data_path, config, tokenizer, task.prompt_ids)
+    sets = _fixed_sets(config, task, tokenizer, templates, paragraphs) if config.evaluate.eval_interval else []
 
     chunks = build_model(hf_config, config, platform, parallel)
     if config.model.init == "pretrained":
@@ -129,7 +130,6 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
         if isinstance(task, Task)
         else TextPlayer(task, parallel.is_rank0, config.train.seed)
     )
-    sets = _fixed_sets(config, task, tokenizer, templates, paragraphs) if config.evaluate.eval_interval else []
 
     def save(at: RunState, *, drops_old: bool = True) -> None:
         path = store.save(at.step, chunks, trainer.optimizer, at.to_json(), drops_old=drops_old)
@@ -179,19 +179,17 @@ def _paragraphs(
 ) -> tuple[list[Paragraph], dict[str, int]]:
     """Paragraphs of `path` that can be played, and how many were read, kept and left out."""
     found, read = read_paragraphs(path, skip_bad_lines=config.corpus.skip_bad_lines)
-    kept, selected = select(
-        found,
-        tokenizer,
-        config.corpus.min_paragraph_tokens,
-        config.corpus.max_paragraph_tokens,
-        prompt_ids=prompt_ids,
-        max_prompt_tokens=config.task.max_prompt_tokens,
-    )
-    if not kept:
-        raise CorpusError(
-            f"{path}: none of its paragraphs can be played ({_told(read | selected)}). "
-            "Widen --min-paragraph-tokens / --max-paragraph-tokens / --max-prompt-tokens."
+    try:
+        kept, selected = select(
+            found,
+            tokenizer,
+            config.corpus.min_paragraph_tokens,
+            config.corpus.max_paragraph_tokens,
+            prompt_ids=prompt_ids,
+            max_prompt_tokens=config.task.max_prompt_tokens,
         )
+    except CorpusError as error:
+        raise CorpusError(f"{path}: {error}") from error
     return kept, read | selected
 
 
@@ -201,9 +199,12 @@ def _fixed_sets(
     asker = Asker(config.task, config.engine, tokenizer, templates)
     sets = [(fixed_set("fixed_masks", paragraphs, asker, config.evaluate, config.task), asker)]
     if config.corpus.held_out_path:
-        held_out, _ = _paragraphs(
-            config.corpus.held_out_path, config, tokenizer, lambda text: asker.mask_prompt(text).ids
-        )
+        try:
+            held_out, _ = _paragraphs(
+                config.corpus.held_out_path, config, tokenizer, lambda text: asker.mask_prompt(text).ids
+            )
+        except CorpusError as error:
+            raise CorpusError(f"--held-out-path: {error} Left empty, none is scored.") from error
         sets.append((fixed_set("held_out", held_out, asker, config.evaluate, config.task), asker))
     return sets
 
