@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -89,8 +90,11 @@ def read_dump(path: Path) -> Dump:
         )
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}. Dumps stand in RUN_DIR/dumps.") from error
-    except (RuntimeError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise CheckpointError(f"{path} is no dump of a refused update, or is damaged: {error!r}.") from error
+    except (RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        told = (str(error).splitlines() or [""])[0].rstrip(".")
+        raise CheckpointError(
+            f"{path} is no dump of a refused update, or is damaged ({type(error).__name__}: {told})."
+        ) from error
 
 
 def _plan_record(plan: UpdatePlan) -> dict[str, Any]:

@@ -1,0 +1,194 @@
+"""A loss that is not finite, from real causes: refused, kept, dumped, repeated by the tool, and gone on from."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from demo_runs import FLAGS, ROOT, TEXT, arguments, checkpoints, rows, run, write_text
+
+from megatron_pz.platform.select import select_platform
+
+select_platform("cpu")  # before Megatron is imported
+
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from megatron_pz.corpus.tokenizer import load_tokenizer  # noqa: E402
+from megatron_pz.train.dump import read_dump, write_dump  # noqa: E402
+
+TOOL = ROOT / "tools" / "replay_step.py"
+LEECHES = TEXT[2]
+
+
+@pytest.fixture(scope="module")
+def replay():
+    """The tool's `main`."""
+    spec = importlib.util.spec_from_file_location("replay_step", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """A policy folder in which the embedding of ` Ann`, a token of one text only, is not a number; and that token's id.
+
+    Its head is a tensor of its own: a tied one would spoil the logits of every text.
+    """
+    folder = tmp_path_factory.mktemp("damaged") / "policy"
+    shutil.copytree(FLAGS["hf_model"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    weights = load_file(folder / "model.safetensors")
+    tokenizer = load_tokenizer(folder)
+    ids = {text: set(tokenizer.encode(text)) for text in TEXT}
+    (token, *_) = sorted(ids[LEECHES] - set().union(*(found for text, found in ids.items() if text != LEECHES)))
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    weights["model.embed_tokens.weight"][token] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder, token
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write_text(tmp_path / "text.jsonl")
+
+
+def refusal(capsys):
+    """The message, one line."""
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("NumericsError: ")]
+    assert len(said) == 1, said
+    return said[0]
+
+
+def saved_files(run_dir, step):
+    """Size and digest of what a checkpoint holds, without Megatron's index, which has a time in it."""
+    manifest = json.loads((run_dir / "checkpoints" / f"step_{step:06d}" / "manifest.json").read_text())
+    return {name: facts for name, facts in manifest["files"].items() if not name.endswith(".metadata")}
+
+
+def test_a_damaged_weight_stops_the_run_at_the_text_that_uses_it(tmp_path, corpus, damaged, replay, capsys):
+    policy, token = damaged
+    folder = tmp_path / "run"
+    settings = {"task": "continue_pt", "hf_model": policy, "train_iters": 6}
+    assert run(folder, corpus, **settings) == 2
+    said = refusal(capsys)
+    step = rows(folder)[-1]["step"]
+    dump = folder / "dumps" / f"step_{step + 1:06d}-rank0.pt"
+    assert step >= 1, "the seed drew the damaged text first: nothing was there to be kept"
+    assert f"step {step + 1}: loss is nan" in said and f"tools/replay_step.py {dump}" in said and "--lr" in said
+    assert all(row["loss"] > 0 for row in rows(folder))  # only steps that were done are on record
+
+    # The tool repeats it from the dump alone, and names the one text of two.
+    before = torch.load(dump, weights_only=True)["error"]
+    assert replay([str(dump)]) == 0
+    told = capsys.readouterr().out
+    assert f"refused now:   {before}" in told and "reproduced, with the same numbers" in told
+    assert f"word_embeddings.weight (256 of 1024000, rows {token})" in told
+    assert "in 1 of 2 sequences are not finite" in told
+    [sequence] = [line for line in told.splitlines() if "  sequence " in line]
+    assert "loss nan" in sequence
+    assert "after the ids" in told and "'L" in told
+
+    # What was learned before is kept, bit for bit as a run that ends there leaves it.
+    assert checkpoints(folder) == [f"step_{step:06d}"]
+    assert run(tmp_path / "short", corpus, **settings | {"train_iters": step}) == 0
+    assert saved_files(folder, step) == saved_files(tmp_path / "short", step)
+
+    # Started again as it is, it says the same; without the text, it goes on.
+    capsys.readouterr()
+    assert run(folder, corpus, **settings) == 2
+    assert refusal(capsys) == said
+    write_text(corpus, tuple(text for text in TEXT if text != LEECHES))
+    assert run(folder, corpus, **settings) == 0
+    assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_dump_whose_cause_is_mended_is_not_reproduced(tmp_path, corpus, damaged, replay, capsys):
+    policy, token = damaged
+    assert run(tmp_path / "run", corpus, task="continue_pt", hf_model=policy, train_iters=6) == 2
+    dump = read_dump(next((tmp_path / "run" / "dumps").glob("*.pt")))
+    assert token in dump.plan.micro_batches[0][0].token_ids
+    mended = [{name: values.nan_to_num(0.0) for name, values in chunk.items()} for chunk in dump.weights]
+    path = write_dump(replace(dump, weights=mended), tmp_path / "mended")
+    capsys.readouterr()
+    assert replay([str(path)]) == 1
+    assert "NOT reproduced: the update is finite" in capsys.readouterr().out
+
+
+def test_a_run_that_diverges_can_go_back_behind_the_damage(tmp_path, corpus, replay, capsys):
+    folder = tmp_path / "run"
+    settings = {"task": "continue_pt", "keep": 1}
+    assert run(folder, corpus, **settings, train_iters=2) == 0
+    assert run(folder, corpus, **settings, train_iters=6, lr=1e30) == 2
+    said = refusal(capsys)
+    assert "the gradient's norm nan" in said
+    # Step 3 was done and is the state before the refused one; the sound one stays beside it although keep is 1.
+    assert checkpoints(folder) == ["step_000002", "step_000003"]
+    assert replay([str(folder / "dumps" / "step_000004-rank0.pt")]) == 0
+    told = capsys.readouterr().out
+    assert "weights: the largest is 1.0" in told and "e+30" in told
+    assert "gradients: not finite in" in told
+    (folder / "checkpoints" / "step_000003").rename(folder / "checkpoints" / "diverged")
+    assert run(folder, corpus, **settings, train_iters=4) == 0
+    assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4]
+    assert all(row["loss"] < 20 for row in rows(folder))
+
+
+def test_a_refusal_in_the_middle_of_a_step_saves_no_half_step(tmp_path, corpus, replay, capsys):
+    folder = tmp_path / "run"
+    settings = {"task": "continue_pt", "updates_per_batch": 2}
+    assert run(folder, corpus, **settings, train_iters=1) == 0
+    assert run(folder, corpus, **settings, train_iters=5, lr=1e30) == 2
+    assert "step 2, update 2 of 2: " in refusal(capsys)
+    assert checkpoints(folder) == ["step_000001"]
+    assert replay([str(folder / "dumps" / "step_000002-rank0.pt")]) == 0
+    capsys.readouterr()
+    assert run(folder, corpus, **settings, train_iters=2) == 0
+
+
+def test_weights_that_cannot_be_sampled_from_are_told_by_the_engine(tmp_path, corpus, damaged, capsys):
+    assert run(tmp_path / "run", corpus, hf_model=damaged[0], train_iters=4) == 2
+    assert "EngineError: The model's logits are not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a dump", b"PK\x03\x04cut off"])
+def test_what_is_no_dump_is_told(tmp_path, replay, capsys, content):
+    path = tmp_path / "step_000001-rank0.pt"
+    if content is not None:
+        path.write_bytes(content)
+    assert replay([str(path)]) == 2
+    assert str(path) in capsys.readouterr().err
+    assert replay([]) == 2
+
+
+def test_two_ranks_dump_and_repeat_together(tmp_path, corpus, damaged, replay, capsys):
+    folder = tmp_path / "run"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    settings = {"task": "continue_pt", "hf_model": damaged[0], "train_iters": 6}
+    job = [*torchrun, "-m", "megatron_pz", *arguments(folder, corpus, **settings)]
+    ended = subprocess.run(job, cwd=ROOT, env=env, capture_output=True, text=True, timeout=170, check=False)
+    assert ended.returncode != 0 and "NumericsError: step" in ended.stderr, ended.stderr[-3000:]
+    dumps = sorted((folder / "dumps").iterdir())
+    assert [path.name[-8:] for path in dumps] == ["rank0.pt", "rank1.pt"]
+    assert replay([str(dumps[0])]) == 2  # one process cannot
+    assert "is of a run of 2 processes, found 1" in capsys.readouterr().err
+    # Named by the other rank's file.
+    again = subprocess.run(
+        [*torchrun, str(TOOL), str(dumps[1])],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert again.returncode == 0, again.stdout + again.stderr[-3000:]
+    assert "reproduced, with the same numbers" in again.stdout
+    assert again.stdout.count("in 1 of 1 sequences are not finite") == 1  # the other rank had the other text
