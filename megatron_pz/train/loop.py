@@ -9,7 +9,7 @@ Every rank runs it. Rank 0 plays and writes; the others decode for it and train 
 from __future__ import annotations
 
 from megatron_pz.config.schema import Config
-from megatron_pz.errors import NumericsError
+from megatron_pz.errors import DiskError, NumericsError
 from megatron_pz.train.parts import Parts
 from megatron_pz.train.state import RunState
 
@@ -39,10 +39,10 @@ def run(parts: Parts, config: Config, state: RunState) -> RunState:
         try:
             with timers("train"):
                 update = parts.learner.learn(plans, step)
-        except NumericsError:
+        except NumericsError as error:
             # In the middle of a step there is no state to go on from; before the first, none worth keeping.
             if state.step and not parts.learner.is_mid_step:
-                parts.rescue(state)
+                _rescue(parts, state, error)
             raise
         drawn = {"epoch": parts.corpus.epoch(state.position), "num_paragraphs": float(len(paragraphs))}
         state = state.advance(len(paragraphs), updated=update.applied)
@@ -60,6 +60,13 @@ def run(parts: Parts, config: Config, state: RunState) -> RunState:
         if stop:
             break
     return state
+
+
+def _rescue(parts: Parts, state: RunState, error: NumericsError) -> None:
+    try:
+        parts.rescue(state)
+    except DiskError as fault:
+        raise NumericsError(f"{error} The state before it could not be saved: {fault}") from error
 
 
 def is_due(step: int, interval: int, last: int) -> bool:
