@@ -124,10 +124,12 @@ class CheckpointStore:
         (partial / STATE).write_text(state, encoding="utf-8")
         write_manifest(partial, facts)
         _sync(partial)
+        trash = self.folder / f".trash-{final.name}"
         if final.exists():
-            final.rename(self.folder / f".trash-{final.name}")
+            final.rename(trash)
         partial.rename(final)
         _sync_folder(self.folder)
+        shutil.rmtree(trash, ignore_errors=True)
 
     def _on_rank0(self, stage: Callable[[], None], final: Path, partial: Path) -> None:
         """Run `stage` on rank 0; where it fails, no rank goes on."""
@@ -187,7 +189,7 @@ class CheckpointStore:
         for step in self.steps()[: -self.keep]:
             trash = self.folder / f".trash-step_{step:06d}"
             (self.folder / f"step_{step:06d}").rename(trash)
-            shutil.rmtree(trash)
+            shutil.rmtree(trash, ignore_errors=True)  # what is left goes at the next start
 
     def _barrier(self) -> None:
         if self._group is not None:

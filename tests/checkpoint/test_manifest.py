@@ -1,0 +1,68 @@
+"""What a checkpoint says of itself, and every way in which it can be wrong."""
+
+import json
+
+import pytest
+
+from megatron_pz.checkpoint.manifest import FORMAT, MANIFEST, check_manifest, fingerprint, sha256, write_manifest
+from megatron_pz.errors import CheckpointError
+
+MODEL = "the model's fingerprint"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "a.distcp").write_bytes(b"0123456789")
+    (tmp_path / "run_state.json").write_text("{}")
+    write_manifest(tmp_path, {"step": 3, "model": MODEL})
+    return tmp_path
+
+
+def test_a_whole_folder_passes_with_its_facts(folder):
+    manifest = check_manifest(folder, MODEL)
+    assert (manifest["format"], manifest["step"]) == (FORMAT, 3)
+    assert manifest["files"]["shards/a.distcp"] == {"bytes": 10, "sha256": sha256(folder / "shards" / "a.distcp")}
+    assert set(manifest["files"]) == {"shards/a.distcp", "run_state.json"}
+    # echo -n 0123456789 | sha256sum
+    assert manifest["files"]["shards/a.distcp"]["sha256"].startswith("84d89877f0d4041efb6bf91a16f0248f2fd573e6af05c19f")
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda f: (f / "shards" / "a.distcp").write_bytes(b"012345678x"), "a.distcp was altered after it was written"),
+        (lambda f: (f / "shards" / "a.distcp").write_bytes(b"01234"), "a.distcp has 5 bytes, was written with 10"),
+        (lambda f: (f / "run_state.json").unlink(), "run_state.json is missing"),
+        (lambda f: (f / MANIFEST).unlink(), "no readable manifest.json .*No such file.* Move it away"),
+        (lambda f: (f / MANIFEST).write_text('{"format"'), "no readable manifest.json"),
+        (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe"), "no readable manifest.json"),
+        (lambda f: (f / MANIFEST).write_text("[]"), "format is None, wanted 'megatron_pz checkpoint 1'"),
+        (lambda f: (f / MANIFEST).write_text('{"format": "other 9"}'), "format is 'other 9', wanted"),
+    ],
+)
+def test_damage_is_named(folder, damage, told):
+    damage(folder)
+    with pytest.raises(CheckpointError, match=told) as error:
+        check_manifest(folder, MODEL)
+    assert str(folder) in str(error.value)
+
+
+def test_another_model_is_refused(folder):
+    with pytest.raises(CheckpointError, match="belongs to another model .*--run-dir"):
+        check_manifest(folder, "another")
+
+
+def test_a_file_that_came_later_does_no_harm(folder):
+    (folder / "notes.txt").write_text("mine")
+    check_manifest(folder, MODEL)
+
+
+def test_a_fingerprint_is_of_the_shape_alone():
+    one = {"hidden_size": 8, "model_type": "qwen3", "dtype": "bfloat16", "transformers_version": "5"}
+    assert fingerprint(one) == fingerprint({"model_type": "qwen3", "hidden_size": 8, "torch_dtype": "float32"})
+    assert fingerprint(one) != fingerprint({**one, "hidden_size": 16})
+
+
+def test_a_manifest_is_json_that_others_can_read(folder):
+    assert json.loads((folder / MANIFEST).read_text())["model"] == MODEL
