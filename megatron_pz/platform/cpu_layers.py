@@ -5,6 +5,7 @@ They are plain torch and run on any device; `cpu.CpuPlatform` puts them into eve
 
 from __future__ import annotations
 
+from itertools import groupby, pairwise
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_pz.errors import LayoutError
+from megatron_pz.platform import local_math
 
 
 class KeyValueCache(Protocol):
@@ -46,6 +48,8 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., hidden_size], same shape and dtype out."""
+        if x.dtype in local_math.EXACT and not x.is_cuda:  # CUDA has a kernel of its own
+            return local_math.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -95,10 +99,14 @@ class PackedAttention(torch.nn.Module):
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
             return self._sdpa(q, k, v).permute(2, 0, 1, 3).flatten(2)
         bounds = packed_seq_params.cu_seqlens_q.tolist()
-        lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
-        pieces = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
-        outputs = [self._sdpa(*(x.transpose(0, 1)[None] for x in piece))[0].transpose(0, 1) for piece in pieces]
-        return torch.cat(outputs).flatten(1)
+        # Neighbours of one length are a batch; packing puts them side by side.
+        runs = [(len(list(run)), length) for length, run in groupby(b - a for a, b in pairwise(bounds))]
+        sizes = [count * length for count, length in runs]
+        outputs = []
+        for run, *piece in zip(runs, query.split(sizes), key.split(sizes), value.split(sizes), strict=True):
+            q, k, v = (x.unflatten(0, run).transpose(1, 2) for x in piece)
+            outputs.append(self._sdpa(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[b, heads, s, dim] of each."""

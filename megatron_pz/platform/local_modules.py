@@ -1,0 +1,109 @@
+"""Megatron's attention and MLP with the arithmetic between their matrix products taken from `local_math`.
+
+Where a setting asks for something else (output gates, interleaved rotary pairs, other activations, half precision)
+they are Megatron's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.mlp import MLP
+from torch import Tensor
+
+from megatron_pz.platform import local_math
+from megatron_pz.platform.cpu_layers import RMSNorm
+
+
+class LocalSelfAttention(SelfAttention):
+    """Splits, normalises and rotates the heads at once."""
+
+    _rotation: tuple[Tensor, Tensor] | None = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        rotary_pos_emb: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As Megatron's. The rotary embedding is not handed on: it is done with when query and key are there."""
+        self._is_fused = self._can_fuse(hidden_states, rotary_pos_emb)
+        if self._is_fused:
+            no_rope = self.config.no_rope_freq
+            if rotary_pos_emb is not None and not (no_rope and no_rope[self.layer_number - 1]):
+                self._rotation = _rotation(rotary_pos_emb, packed_seq_params, hidden_states.dtype)
+            rotary_pos_emb = None
+        try:
+            return super().forward(
+                hidden_states, *args, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params, **kwargs
+            )
+        finally:
+            self._rotation = None
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """[s, b, heads, D] of query, key and value, ready for attention."""
+        if not self._is_fused:
+            return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        mixed, _ = self.linear_qkv(hidden_states)
+        groups, dim = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        norms = None
+        if self.q_layernorm is not None:
+            norms = (self.q_layernorm.weight, self.k_layernorm.weight)
+        heads = local_math.split_heads(
+            mixed.view(mixed.shape[0], groups, -1, dim), norms, self.config.layernorm_epsilon, self._rotation
+        )
+        query, key, value = (head[:, None] for head in heads)
+        return query, key, value
+
+    def _can_fuse(self, hidden: Tensor, rotary: Any) -> bool:
+        config, norms = self.config, (self.q_layernorm, self.k_layernorm)
+        return (
+            hidden.dtype in local_math.EXACT
+            and hidden.shape[1] == 1
+            and (rotary is None or (isinstance(rotary, Tensor) and rotary.shape[-1] == config.kv_channels))
+            and not (config.attention_output_gate or config.rotary_interleaved or config.test_mode)
+            and config.num_query_groups >= self.world_size
+            and (norms == (None, None) or all(isinstance(norm, RMSNorm) for norm in norms))
+        )
+
+
+def _rotation(angles: Tensor, packed: PackedSeqParams | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, 1, 1, D] of each token, from the angles of each position, or already of each token."""
+    angles = angles.to(torch.float32) if dtype is torch.float32 else angles
+    tables = angles.cos().to(dtype), angles.sin().to(dtype)
+    if packed is None:
+        return tables
+    starts = packed.cu_seqlens_q.long()
+    lengths = starts.diff()
+    positions = torch.arange(int(starts[-1]), device=starts.device) - starts[:-1].repeat_interleave(lengths)
+    cos, sin = (table.index_select(0, positions) for table in tables)
+    return cos, sin
+
+
+class LocalMLP(MLP):
+    """A gated MLP whose activation is one step."""
+
+    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any) -> Any:
+        """As Megatron's."""
+        config = self.config
+        is_plain = (
+            per_token_scale is None
+            and config.gated_linear_unit
+            and config.activation_func is F.silu
+            and config.activation_func_clamp_value is None
+            and not config.glu_linear_offset
+            and not (config.use_te_activation_func or config.bias_activation_fusion)
+            and hidden_states.dtype in local_math.EXACT
+        )
+        if not is_plain:
+            return super().forward(hidden_states, per_token_scale, **kwargs)
+        intermediate, bias = self.linear_fc1(hidden_states)
+        if bias is not None:
+            intermediate = intermediate + bias
+        return self.linear_fc2(local_math.swiglu(intermediate))
