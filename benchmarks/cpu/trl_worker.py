@@ -1,6 +1,8 @@
 """TRL's side of `grpo_vs_trl.py`: GRPOTrainer steps on a Qwen3 folder, phases in CPU-seconds, as one JSON line.
 
-Usage: trl_worker.py MODEL_DIR STEPS PROMPTS GROUP PROMPT_TOKENS RESPONSE_TOKENS
+Usage: trl_worker.py MODEL_DIR STEPS PROMPTS GROUP PROMPT_TOKENS RESPONSE_TOKENS DTYPE MICRO_BATCHES
+
+DTYPE bfloat16 is TRL's own mixed precision (`bf16=True`: float32 weights under autocast).
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ import time
 
 import torch
 from datasets import Dataset
+from small_model import prompts as make_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 torch.set_num_threads(1)
 model_dir = sys.argv[1]
 steps, prompts, group, prompt_tokens, response_tokens = (int(value) for value in sys.argv[2:7])
-spent = {"generate": 0.0, "step": []}
+is_half, micro_batches = sys.argv[7] == "bfloat16", int(sys.argv[8])
+spent: dict = {"generate": 0.0, "step": []}
+counts: dict = {}
 
 
 class Timed(GRPOTrainer):
@@ -29,6 +34,7 @@ class Timed(GRPOTrainer):
         start = time.process_time()
         out = super()._generate_single_turn(*args, **kwargs)
         spent["generate"] += time.process_time() - start
+        counts["generated_tokens"] = sum(map(len, out[0]))
         return out
 
 
@@ -51,16 +57,13 @@ def reward(completion_ids, **kwargs):
 def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    rows = []
-    for _ in range(prompts * steps):
-        ids = torch.randint(10, 500, (prompt_tokens,), generator=generator).tolist()
-        rows.append({"prompt": tokenizer.decode(ids)})
+    rows = [{"prompt": tokenizer.decode(ids)} for ids in make_prompts(prompts * steps, prompt_tokens)]
     with tempfile.TemporaryDirectory() as out:
         config = GRPOConfig(
-            output_dir=out, per_device_train_batch_size=prompts * group, num_generations=group,
+            output_dir=out, per_device_train_batch_size=prompts * group // micro_batches,
+            gradient_accumulation_steps=micro_batches, num_generations=group,
             max_completion_length=response_tokens, max_steps=steps, learning_rate=1e-4, beta=0.0, temperature=1.0,
-            report_to=[], save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False, logging_steps=1000,
+            report_to=[], save_strategy="no", use_cpu=True, bf16=is_half, gradient_checkpointing=False, logging_steps=1000,
             generation_kwargs={"min_new_tokens": response_tokens}, disable_tqdm=True, lr_scheduler_type="constant",
         )  # fmt: skip
         Timed(
@@ -76,6 +79,7 @@ def main() -> None:
         "generate_cpu_s": sum(g for g, _ in kept) / len(kept),
         "train_cpu_s": sum(t for _, t in kept) / len(kept),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        **counts,
     }))  # fmt: skip
 
 
