@@ -1,4 +1,4 @@
-"""Megatron's attention and MLP with the arithmetic between their matrix products taken from `local_math`.
+"""Megatron's layer, attention and MLP with the arithmetic between their matrix products taken from `local_math`.
 
 Where a setting asks for something else (output gates, interleaved rotary pairs, other activations, half precision)
 they are Megatron's own.
@@ -6,13 +6,14 @@ they are Megatron's own.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_pz.platform import local_math
@@ -35,8 +36,7 @@ class LocalSelfAttention(SelfAttention):
         """As Megatron's. The rotary embedding is not handed on: it is done with when query and key are there."""
         self._is_fused = self._can_fuse(hidden_states, rotary_pos_emb)
         if self._is_fused:
-            no_rope = self.config.no_rope_freq
-            if rotary_pos_emb is not None and not (no_rope and no_rope[self.layer_number - 1]):
+            if self._is_rotated(rotary_pos_emb):
                 self._rotation = _rotation(rotary_pos_emb, packed_seq_params, hidden_states.dtype)
             rotary_pos_emb = None
         try:
@@ -50,16 +50,28 @@ class LocalSelfAttention(SelfAttention):
         """[s, b, heads, D] of query, key and value, ready for attention."""
         if not self._is_fused:
             return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
-        mixed, _ = self.linear_qkv(hidden_states)
+        return self._heads(self.linear_qkv(hidden_states)[0], self._rotation)
+
+    def _heads(self, mixed: Tensor, rotation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         groups, dim = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         norms = None
         if self.q_layernorm is not None:
             norms = (self.q_layernorm.weight, self.k_layernorm.weight)
         heads = local_math.split_heads(
-            mixed.view(mixed.shape[0], groups, -1, dim), norms, self.config.layernorm_epsilon, self._rotation
+            mixed.view(mixed.shape[0], groups, -1, dim), norms, self.config.layernorm_epsilon, rotation
         )
         query, key, value = (head[:, None] for head in heads)
         return query, key, value
+
+    def attend_cached(self, hidden: Tensor, angles: Tensor | None) -> Tensor:
+        """Output [s, 1, heads * D] of the core attention, through its cache; for `LocalTransformerLayer`."""
+        rotation = _rotation(angles, None, hidden.dtype) if self._is_rotated(angles) else None
+        query, key, value = self._heads(F.linear(hidden, self.linear_qkv.weight), rotation)
+        return self.core_attention.cache.attend(self.layer_number - 1, query, key, value)
+
+    def _is_rotated(self, angles: Any) -> TypeGuard[Tensor]:
+        without = self.config.no_rope_freq
+        return angles is not None and not (without and without[self.layer_number - 1])
 
     def _can_fuse(self, hidden: Tensor, rotary: Any) -> bool:
         config, norms = self.config, (self.q_layernorm, self.k_layernorm)
@@ -91,19 +103,60 @@ class LocalMLP(MLP):
 
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any) -> Any:
         """As Megatron's."""
-        config = self.config
-        is_plain = (
-            per_token_scale is None
-            and config.gated_linear_unit
-            and config.activation_func is F.silu
-            and config.activation_func_clamp_value is None
-            and not config.glu_linear_offset
-            and not (config.use_te_activation_func or config.bias_activation_fusion)
-            and hidden_states.dtype in local_math.EXACT
-        )
-        if not is_plain:
+        if per_token_scale is not None or not self.is_plain(hidden_states):
             return super().forward(hidden_states, per_token_scale, **kwargs)
         intermediate, bias = self.linear_fc1(hidden_states)
         if bias is not None:
             intermediate = intermediate + bias
         return self.linear_fc2(local_math.swiglu(intermediate))
+
+    def is_plain(self, hidden: Tensor) -> bool:
+        """Whether the activation is SwiGLU and nothing else."""
+        config = self.config
+        return (
+            config.gated_linear_unit
+            and config.activation_func is F.silu
+            and config.activation_func_clamp_value is None
+            and not config.glu_linear_offset
+            and not (config.use_te_activation_func or config.bias_activation_fusion)
+            and hidden.dtype in local_math.EXACT
+        )
+
+
+class LocalTransformerLayer(TransformerLayer):
+    """Sampling a token at a time is bound by the calls between small products: with a key-value cache and without
+    gradients a dense layer on one rank is its eight steps and nothing between them. Training takes Megatron's way."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if type(self.mlp) is MLP:  # else experts
+            # Not by the specification: Megatron hands its groups on to classes that it knows only.
+            self.mlp.__class__ = LocalMLP
+
+    def forward(self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Any = None, **kwargs: Any) -> Any:
+        """As Megatron's: (hidden states [s, b, H], context)."""
+        if torch.is_grad_enabled() or not self._is_bare(hidden_states, rotary_pos_emb):
+            return super().forward(hidden_states, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
+        attention, mlp = self.self_attention, self.mlp
+        heads = attention.attend_cached(_normed(self.input_layernorm, hidden_states), rotary_pos_emb)
+        hidden = hidden_states + F.linear(heads, attention.linear_proj.weight)
+        inner = F.linear(_normed(self.pre_mlp_layernorm, hidden), mlp.linear_fc1.weight)
+        return hidden + F.linear(local_math.swiglu(inner), mlp.linear_fc2.weight), kwargs.get("context")
+
+    def _is_bare(self, hidden: Tensor, rotary: Any) -> bool:
+        attention, mlp = self.self_attention, self.mlp
+        return (
+            isinstance(attention, LocalSelfAttention)
+            and isinstance(mlp, LocalMLP)
+            and attention.world_size == 1
+            and getattr(attention.core_attention, "cache", None) is not None
+            and not (self.config.add_bias_linear or self.config.add_qkv_bias or self.training)
+            and isinstance(self.input_layernorm, RMSNorm)
+            and isinstance(self.pre_mlp_layernorm, RMSNorm)
+            and mlp.is_plain(hidden)
+            and attention._can_fuse(hidden, rotary)
+        )
+
+
+def _normed(norm: RMSNorm, hidden: Tensor) -> Tensor:
+    return local_math.rms_norm(hidden, norm.weight, norm.eps)

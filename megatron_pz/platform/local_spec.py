@@ -13,10 +13,10 @@ def local_layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> 
     """Layers of this pipeline stage, dense or with experts as `config.moe_layer_freq` says; RMSNorm throughout."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.attention import SelfAttention
-    from megatron.core.transformer.mlp import MLP
+    from megatron.core.transformer.transformer_layer import TransformerLayer
 
     from megatron_pz.platform.cpu_layers import PackedAttention, RMSNorm
-    from megatron_pz.platform.local_modules import LocalMLP, LocalSelfAttention
+    from megatron_pz.platform.local_modules import LocalSelfAttention, LocalTransformerLayer
 
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
@@ -25,10 +25,10 @@ def local_layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> 
     for layer in block.layer_specs:
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
+        if layer.module is TransformerLayer:
+            layer.module = LocalTransformerLayer
         if layer.submodules.self_attention.module is SelfAttention:
             layer.submodules.self_attention.module = LocalSelfAttention
-        if getattr(layer.submodules.mlp, "module", None) is MLP:  # else experts
-            layer.submodules.mlp.module = LocalMLP
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = PackedAttention
         if config.qk_layernorm:
