@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from megatron_pz.errors import ConfigError
-from megatron_pz.platform import shim, transformer_engine
+from megatron_pz.platform import harmless, shim, transformer_engine
 from megatron_pz.platform.base import Platform
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class CpuPlatform(Platform):
         """Hide Transformer Engine, which cannot run here, and answer Megatron's calls of CUDA."""
         transformer_engine.hide()
         transformer_engine.silence_missing()
+        harmless.silence(harmless.EVERYWHERE + harmless.ON_A_CPU)
         shim.install()
 
     def synchronize(self) -> None:

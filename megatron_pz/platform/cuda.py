@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from megatron_pz.errors import ConfigError
-from megatron_pz.platform import shim, transformer_engine
+from megatron_pz.platform import harmless, shim, transformer_engine
 from megatron_pz.platform.base import Platform
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class CudaPlatform(Platform):
                 "platform is cuda, but torch sees no CUDA device; use platform cpu or a CUDA build of torch."
             )
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        harmless.silence(harmless.EVERYWHERE)
         self._engine_fault = transformer_engine.fault()
 
     def synchronize(self) -> None:
