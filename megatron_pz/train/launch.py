@@ -33,7 +33,9 @@ from megatron_pz.models.folder import read_hf_config, resolve_folder
 from megatron_pz.platform.base import Platform, torch_dtype
 from megatron_pz.platform.select import select_platform
 from megatron_pz.report.console import Console
+from megatron_pz.report.jsonl import METRICS_FILE, read_rows
 from megatron_pz.report.page import write_page
+from megatron_pz.report.summary import summary_lines
 from megatron_pz.report.timers import Timers
 from megatron_pz.report.writers import RunWriter
 from megatron_pz.tasks.ask import Asker
@@ -171,6 +173,9 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
         console.message(f"Hugging Face export {run_dir / 'hf'}")
     if parallel.is_rank0 and config.report.write_page:
         console.message(f"page {write_page(run_dir)}")
+    if parallel.is_rank0:
+        for line in summary_lines(read_rows(run_dir / METRICS_FILE)):
+            console.message(line)
     return state
 
 
