@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import resource
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -36,6 +37,21 @@ FLAGS: Mapping[str, object] = {
     "write_page": False,
     "export_hf": False,
 }
+
+
+def tiny_policy(folder: Path) -> Path:
+    """A folder with the demo policy's tokenizer and a model of 130 thousand parameters, to be made with `init` random.
+
+    Its checkpoints are of 2 MB instead of 50.
+    """
+    source = ROOT / "examples" / "demo_policy"
+    folder.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copyfile(source / name, folder / name)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+    (folder / "config.json").write_text(json.dumps(config | small), encoding="utf-8")
+    return folder
 
 
 def arguments(run_dir: Path, data_path: Path, **flags: object) -> list[str]:

@@ -141,7 +141,7 @@ def test_a_process_killed_while_it_saves_leaves_the_older_checkpoint_whole(train
         began = time.monotonic()
         while not list(folder.glob(".tmp-step_00000[2-9]/shards/*")):
             assert child.poll() is None and time.monotonic() - began < 150
-            time.sleep(0.001)
+            time.sleep(0.005)
     finally:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()

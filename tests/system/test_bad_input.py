@@ -7,7 +7,7 @@ import json
 import shutil
 
 import pytest
-from demo_runs import FLAGS, ROOT, TEXT, rows, run, tree, write_text
+from demo_runs import FLAGS, ROOT, TEXT, rows, run, tiny_policy, tree, write_text
 from tokenizers import Tokenizer
 
 LONG = " ".join(TEXT)
@@ -187,20 +187,21 @@ def test_a_setting_that_is_not_there_or_not_a_number(refused, tmp_path):
 
 def test_a_damaged_checkpoint_names_the_whole_one(tmp_path, corpus, capsys):
     folder = tmp_path / "run"
-    assert run(folder, corpus, task="continue_pt", train_iters=2, save_interval=1) == 0
+    settings = {"task": "continue_pt", "hf_model": tiny_policy(tmp_path / "policy"), "init": "random"}
+    assert run(folder, corpus, **settings, train_iters=2, save_interval=1) == 0
     newest = folder / "checkpoints" / "step_000002"
     shard = max(newest.rglob("*.distcp"), key=lambda path: path.stat().st_size)
     shard.write_bytes(shard.read_bytes()[:-1])
     before = tree(folder)
     capsys.readouterr()
-    assert run(folder, corpus, task="continue_pt", train_iters=3) == 2
+    assert run(folder, corpus, **settings, train_iters=3) == 2
     said = capsys.readouterr().err
     size = shard.stat().st_size
     assert f"shards/{shard.name} has {size} bytes, was written with {size + 1}" in said
     assert "step_000001 is whole: move step_000002 away" in said
     assert tree(folder) == before
     newest.rename(folder / "checkpoints" / "damaged")
-    assert run(folder, corpus, task="continue_pt", train_iters=3) == 0
+    assert run(folder, corpus, **settings, train_iters=3) == 0
     assert [row["step"] for row in rows(folder)] == [1, 2, 3]
 
 

@@ -8,9 +8,10 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from demo_runs import FLAGS, ROOT, TEXT, arguments, checkpoints, rows, run, write_text
+from demo_runs import ROOT, TEXT, arguments, checkpoints, rows, run, tiny_policy, write_text
 
 from megatron_pz.platform.select import select_platform
 
@@ -37,23 +38,34 @@ def replay():
 
 
 @pytest.fixture(scope="module")
-def damaged(tmp_path_factory):
-    """A policy folder in which the embedding of ` Ann`, a token of one text only, is not a number; and that token's id.
+def healthy(tmp_path_factory):
+    """Settings of a small policy that reads plain text."""
+    folder = tiny_policy(tmp_path_factory.mktemp("healthy") / "policy")
+    return {"task": "continue_pt", "hf_model": folder, "init": "random"}
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory, healthy):
+    """Settings with a folder in which the embedding of a token of one text only is not a number; and that token's id.
 
     Its head is a tensor of its own: a tied one would spoil the logits of every text.
     """
-    folder = tmp_path_factory.mktemp("damaged") / "policy"
-    shutil.copytree(FLAGS["hf_model"], folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
-    weights = load_file(folder / "model.safetensors")
+    place = tmp_path_factory.mktemp("damaged")
+    config = healthy["hf_model"] / "config.json"
+    folder = Path(shutil.copytree(healthy["hf_model"], place / "untied"))
+    (folder / "config.json").write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}))
+    made = place / "made"
+    assert (
+        run(made, write_text(place / "text.jsonl"), **{**healthy, "hf_model": folder}, train_iters=1, export_hf=True)
+        == 0
+    )
+    weights = load_file(made / "hf" / "model.safetensors")
     tokenizer = load_tokenizer(folder)
     ids = {text: set(tokenizer.encode(text)) for text in TEXT}
     (token, *_) = sorted(ids[LEECHES] - set().union(*(found for text, found in ids.items() if text != LEECHES)))
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     weights["model.embed_tokens.weight"][token] = float("nan")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder, token
+    save_file(weights, made / "hf" / "model.safetensors", metadata={"format": "pt"})
+    return {"task": "continue_pt", "hf_model": made / "hf"}, token
 
 
 @pytest.fixture
@@ -75,9 +87,8 @@ def saved_files(run_dir, step):
 
 
 def test_a_damaged_weight_stops_the_run_at_the_text_that_uses_it(tmp_path, corpus, damaged, replay, capsys):
-    policy, token = damaged
-    folder = tmp_path / "run"
-    settings = {"task": "continue_pt", "hf_model": policy, "train_iters": 6}
+    folder, token = tmp_path / "run", damaged[1]
+    settings = {**damaged[0], "train_iters": 6}
     assert run(folder, corpus, **settings) == 2
     said = refusal(capsys)
     step = rows(folder)[-1]["step"]
@@ -91,7 +102,7 @@ def test_a_damaged_weight_stops_the_run_at_the_text_that_uses_it(tmp_path, corpu
     assert replay([str(dump)]) == 0
     told = capsys.readouterr().out
     assert f"refused now:   {before}" in told and "reproduced, with the same numbers" in told
-    assert f"word_embeddings.weight (256 of 1024000, rows {token})" in told
+    assert f"word_embeddings.weight (32 of 128000, rows {token})" in told
     assert "in 1 of 2 sequences are not finite" in told
     [sequence] = [line for line in told.splitlines() if "  sequence " in line]
     assert "loss nan" in sequence
@@ -112,8 +123,8 @@ def test_a_damaged_weight_stops_the_run_at_the_text_that_uses_it(tmp_path, corpu
 
 
 def test_a_dump_whose_cause_is_mended_is_not_reproduced(tmp_path, corpus, damaged, replay, capsys):
-    policy, token = damaged
-    assert run(tmp_path / "run", corpus, task="continue_pt", hf_model=policy, train_iters=6) == 2
+    settings, token = damaged
+    assert run(tmp_path / "run", corpus, **settings, train_iters=6) == 2
     dump = read_dump(next((tmp_path / "run" / "dumps").glob("*.pt")))
     assert token in dump.plan.micro_batches[0][0].token_ids
     mended = [{name: values.nan_to_num(0.0) for name, values in chunk.items()} for chunk in dump.weights]
@@ -123,9 +134,9 @@ def test_a_dump_whose_cause_is_mended_is_not_reproduced(tmp_path, corpus, damage
     assert "NOT reproduced: the update is finite" in capsys.readouterr().out
 
 
-def test_a_run_that_diverges_can_go_back_behind_the_damage(tmp_path, corpus, replay, capsys):
+def test_a_run_that_diverges_can_go_back_behind_the_damage(tmp_path, corpus, healthy, replay, capsys):
     folder = tmp_path / "run"
-    settings = {"task": "continue_pt", "keep": 1}
+    settings = {**healthy, "keep": 1}
     assert run(folder, corpus, **settings, train_iters=2) == 0
     assert run(folder, corpus, **settings, train_iters=20, lr=1e30) == 2
     refused = int(re.match(r"NumericsError: step (\d+): ", refusal(capsys))[1])
@@ -142,7 +153,7 @@ def test_a_run_that_diverges_can_go_back_behind_the_damage(tmp_path, corpus, rep
 
 def test_a_refusal_in_the_middle_of_a_step_saves_no_half_step(tmp_path, corpus, damaged, replay, capsys):
     folder = tmp_path / "run"
-    settings = {"task": "continue_pt", "updates_per_batch": 2, "hf_model": damaged[0], "seed": MID_STEP_SEED}
+    settings = {**damaged[0], "updates_per_batch": 2, "seed": MID_STEP_SEED}
     assert run(folder, corpus, **settings, train_iters=6) == 2
     assert "NumericsError: step 2, update 2 of 2: " in refusal(capsys)  # the other text of step 2 has been learned
     assert checkpoints(folder) == []
@@ -150,7 +161,7 @@ def test_a_refusal_in_the_middle_of_a_step_saves_no_half_step(tmp_path, corpus, 
 
 
 def test_weights_that_cannot_be_sampled_from_are_told_by_the_engine(tmp_path, corpus, damaged, capsys):
-    assert run(tmp_path / "run", corpus, hf_model=damaged[0], train_iters=4) == 2
+    assert run(tmp_path / "run", corpus, **damaged[0] | {"task": "pretrain_zero"}, train_iters=4) == 2
     assert "EngineError: The model's logits are not finite" in capsys.readouterr().err
 
 
@@ -164,14 +175,15 @@ def test_what_is_no_dump_is_told(tmp_path, replay, capsys, content):
     assert replay([]) == 2
 
 
+@pytest.mark.slow  # six processes that import torch: half a minute of CPU
 def test_two_ranks_dump_and_repeat_together(tmp_path, corpus, damaged, replay, capsys):
     folder = tmp_path / "run"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    settings = {"task": "continue_pt", "hf_model": damaged[0], "train_iters": 6}
+    settings = {**damaged[0], "train_iters": 6}
     job = [*torchrun, "-m", "megatron_pz", *arguments(folder, corpus, **settings)]
     ended = subprocess.run(job, cwd=ROOT, env=env, capture_output=True, text=True, timeout=170, check=False)
-    assert ended.returncode != 0 and "NumericsError: step" in ended.stderr, ended.stderr[-3000:]
+    assert ended.returncode != 0 and "NumericsError: step" in ended.stderr, ended.stderr[:6000]
     dumps = sorted((folder / "dumps").iterdir())
     assert [path.name[-8:] for path in dumps] == ["rank0.pt", "rank1.pt"]
     assert replay([str(dumps[0])]) == 2  # one process cannot
@@ -186,6 +198,6 @@ def test_two_ranks_dump_and_repeat_together(tmp_path, corpus, damaged, replay, c
         timeout=170,
         check=False,
     )
-    assert again.returncode == 0, again.stdout + again.stderr[-3000:]
+    assert again.returncode == 0, again.stdout + again.stderr[:6000]  # torchrun has the last word
     assert "reproduced, with the same numbers" in again.stdout
     assert again.stdout.count("in 1 of 1 sequences are not finite") == 1  # the other rank had the other text
