@@ -24,11 +24,20 @@ from megatron_pz.train.decode import embedded_engine  # noqa: E402
 from megatron_pz.train.parallel import init_parallel, shutdown  # noqa: E402
 
 TOLERANCE = 1e-5  # float32, absolute
-COMMON = dict(
-    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
-    num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, bos_token_id=None, eos_token_id=1,
-    tie_word_embeddings=False,
-)  # fmt: skip
+COMMON = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "tie_word_embeddings": False,
+}
 MODELS = {
     "dense": Qwen3Config(**COMMON),
     "moe": Qwen3MoeConfig(**COMMON, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
@@ -77,24 +86,37 @@ def params(seed: int, **fields: float) -> SamplingParams:
     return SamplingParams(max_new_tokens=12, seed=seed, stop_token_ids=(1,), **fields)  # type: ignore[arg-type]
 
 
+def difference(policy: PolicyModel, done: Completion, temperature: float) -> float:
+    """Largest absolute difference of the response's log-probs to those that the trainer computes."""
+    ids = torch.tensor([done.prompt_ids + done.token_ids])
+    size = ids.shape[1]
+    packed = PLATFORM.packed_seq_params(torch.tensor([0, size], dtype=torch.int32))
+    with torch.no_grad():
+        output = policy(
+            ids, torch.arange(size)[None], packed_seq_params=packed, labels=ids.roll(-1, 1), temperature=temperature
+        )
+    scored = output[0, len(done.prompt_ids) - 1 : -1]
+    return float((scored - torch.tensor(done.logprobs)).abs().max())
+
+
 def test_log_probs_are_those_that_the_trainer_computes(policy: PolicyModel) -> None:
     for temperature in (1.0, 0.6):
         asked = [params(seed, temperature=temperature) for seed in range(len(PROMPTS))]
         for done in ask(engine_of(policy), PROMPTS, asked):
-            ids = torch.tensor([done.prompt_ids + done.token_ids])
-            size = ids.shape[1]
-            packed = PLATFORM.packed_seq_params(torch.tensor([0, size], dtype=torch.int32))
-            with torch.no_grad():
-                scored = policy(
-                    ids,
-                    torch.arange(size)[None],
-                    packed_seq_params=packed,
-                    labels=ids.roll(-1, 1),
-                    temperature=temperature,
-                )[0, len(done.prompt_ids) - 1 : -1]
-            assert float((scored - torch.tensor(done.logprobs)).abs().max()) < TOLERANCE
+            assert difference(policy, done, temperature) < TOLERANCE
             assert set(done.weight_versions) == {7}
             assert len(done.weight_versions) == len(done.token_ids)
+
+
+def test_what_prompts_begin_with_in_common_is_computed_once(policy: PolicyModel) -> None:
+    shots = tuple(range(10, 40))  # as the worked examples of a few-shot template
+    tails = [(2, 3), (4,), (2, 3), (5, 6, 7), (2, 8), (4,)]
+    engine = engine_of(policy)
+    done = ask(engine, [shots + tail for tail in tails], [params(seed, temperature=0.7) for seed in range(len(tails))])
+    # In sorted order: (2, 3) whole, then (8) of (2, 8), (4), (5, 6, 7); equal prompts and the shots not again.
+    assert engine.counters.prefilled_tokens == 30 + 2 + 1 + 1 + 3
+    assert engine.counters.prompt_tokens == 4 * 30 + 2 + 2 + 1 + 3
+    assert max(difference(policy, one, 0.7) for one in done) < TOLERANCE
 
 
 def test_greedy_tokens_are_those_of_transformers(policy: PolicyModel, folder: Path) -> None:
