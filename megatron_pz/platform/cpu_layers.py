@@ -48,7 +48,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., hidden_size], same shape and dtype out."""
-        if x.dtype in local_math.EXACT and not x.is_cuda:  # CUDA has a kernel of its own
+        if x.dtype in local_math.DTYPES and not x.is_cuda:  # CUDA has a kernel of its own
             return local_math.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 

@@ -1,7 +1,7 @@
 """What the local layers compute between their matrix products, each with its gradient written out.
 
 Composed of single operations, autograd would keep and read several tensors of the layer's size for each of these; here
-each keeps its input, and the backward recomputes the rest. Plain torch, for float32 and float64 on any device.
+each keeps its input, and the backward recomputes the rest. Plain torch, on any device.
 
 Shapes: T tokens, F width of the MLP, G key heads (query groups) of this rank, R query heads of a group, D head size.
 """
@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EXACT = (torch.float32, torch.float64)
-"""Dtypes that need no wider one for sums over a row."""
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+"""What is computed here. Norms of bfloat16 are taken in float32."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; `weight` has its size."""
     if not torch.is_grad_enabled():
-        return x * _inverse_rms(x, eps) * weight
+        return (x * _inverse_rms(x, eps) * weight).to(x.dtype)
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -53,7 +53,8 @@ def split_heads(
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps), [..., 1]."""
-    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    wide = torch.float32 if x.dtype is torch.bfloat16 else x.dtype
+    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
     return norms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
@@ -62,8 +63,8 @@ def _norm_backward(x: Tensor, weight: Tensor, scale: Tensor, grad: Tensor) -> tu
     scaled = grad * scale
     by_row = scaled * x
     scaled = scaled * weight
-    share = torch.linalg.vecdot(scaled, x)[..., None].mul_(scale.square()).div_(x.shape[-1])
-    return scaled.sub_(x * share), by_row
+    share = torch.linalg.vecdot(scaled, x.to(scaled.dtype))[..., None].mul_(scale.square()).div_(x.shape[-1])
+    return scaled.sub_(x * share).to(x.dtype), by_row
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -71,13 +72,13 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         scale = _inverse_rms(x, eps)
         ctx.save_for_backward(x, weight, scale)
-        return x * scale * weight
+        return (x * scale * weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         grad_x, by_row = _norm_backward(x, weight, scale, grad)
-        return grad_x, by_row.flatten(0, -2).sum(0), None
+        return grad_x, by_row.flatten(0, -2).sum(0).to(weight.dtype), None
 
 
 def _swiglu(x: Tensor) -> Tensor:
@@ -118,7 +119,7 @@ def _split_heads(
     if query_weight is not None and key_weight is not None:
         weight = torch.cat((query_weight.expand(heads - 2, dim), key_weight[None]))
         scale = _inverse_rms(both, eps)
-        both = both * scale * weight
+        both = (both * scale * weight).to(mixed.dtype)
     if cos is not None:
         both = _rotated(both, cos, sin)
     query = both[:, :, :-1].reshape(tokens, groups * (heads - 2), dim)
@@ -151,6 +152,6 @@ class _SplitHeads(torch.autograd.Function):
         grad_query_weight = grad_key_weight = None
         if weight is not None:
             both, by_row = _norm_backward(mixed[:, :, :-1], weight, scale, both)
-            by_head = by_row.sum((0, 1))
+            by_head = by_row.sum((0, 1)).to(weight.dtype)
             grad_query_weight, grad_key_weight = by_head[:-1].sum(0), by_head[-1]
         return torch.cat((both, value[:, :, None]), 2), grad_query_weight, grad_key_weight, None, None, None

@@ -1,6 +1,6 @@
 """Megatron's layer, attention and MLP with the arithmetic between their matrix products taken from `local_math`.
 
-Where a setting asks for something else (output gates, interleaved rotary pairs, other activations, half precision)
+Where a setting asks for something else (output gates, interleaved rotary pairs, other activations)
 they are Megatron's own.
 """
 
@@ -76,7 +76,7 @@ class LocalSelfAttention(SelfAttention):
     def _can_fuse(self, hidden: Tensor, rotary: Any) -> bool:
         config, norms = self.config, (self.q_layernorm, self.k_layernorm)
         return (
-            hidden.dtype in local_math.EXACT
+            hidden.dtype in local_math.DTYPES
             and hidden.shape[1] == 1
             and (rotary is None or (isinstance(rotary, Tensor) and rotary.shape[-1] == config.kv_channels))
             and not (config.attention_output_gate or config.rotary_interleaved or config.test_mode)
@@ -119,7 +119,7 @@ class LocalMLP(MLP):
             and config.activation_func_clamp_value is None
             and not config.glu_linear_offset
             and not (config.use_te_activation_func or config.bias_activation_fusion)
-            and hidden.dtype in local_math.EXACT
+            and hidden.dtype in local_math.DTYPES
         )
 
 
