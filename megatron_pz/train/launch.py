@@ -26,7 +26,7 @@ from megatron_pz.corpus.paragraphs import select
 from megatron_pz.corpus.reader import read_paragraphs
 from megatron_pz.corpus.tokenizer import check_vocab, load_tokenizer
 from megatron_pz.engine.base import Engine
-from megatron_pz.errors import CorpusError, MegatronPZError
+from megatron_pz.errors import ConfigError, CorpusError, MegatronPZError
 from megatron_pz.evaluate.fixed_masks import FixedMasks, fixed_set, score
 from megatron_pz.game.prompts import Templates
 from megatron_pz.models.folder import read_hf_config, resolve_folder
@@ -101,6 +101,11 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
     state = RunState(config.train.seed)
     if steps := store.steps():
         state = RunState.from_json(store.load(steps[-1], chunks, trainer.optimizer))
+        if state.seed != config.train.seed:
+            raise ConfigError(
+                f"--seed is {config.train.seed}, the run in {run_dir} was begun with {state.seed}, and its order of paragraphs "
+                f"and samples depends on it. Go on with --seed {state.seed}, or give --run-dir another folder."
+            )
     engine = embedded_engine(chunks, config.engine)
     engine.load(chunks, state.policy_version)
 

@@ -210,3 +210,8 @@ def test_a_place_for_the_run_that_is_no_folder(tmp_path, corpus, capsys):
     assert run(tmp_path / "file", corpus, train_iters=1) == 2
     assert "DiskError: " in (said := capsys.readouterr().err) and "--run-dir" in said
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_another_seed_than_the_run_was_begun_with(refused):
+    said = refused(seed=77)
+    assert said.startswith("ConfigError: --seed is 77") and "begun with " in said and "--run-dir" in said
