@@ -297,7 +297,9 @@ def refusal() -> dict[str, Any]:
         said = "nothing"
     is_kept = all(torch.equal(before[name], after) for name, after in whole(trainer.chunks, "data").items())
     heard: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(heard, (said, is_kept, len(trainer.optimizer.state)))
+    parts = getattr(trainer.optimizer, "chained_optimizers", [trainer.optimizer])
+    counted = sum(float(state["step"]) for part in parts for state in part.optimizer.state.values())
+    dist.all_gather_object(heard, (said, is_kept, counted))
     parallel_state.destroy_model_parallel()
     return {"heard": heard}
 

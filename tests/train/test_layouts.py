@@ -95,12 +95,12 @@ def test_vocabulary_parallel_log_probs_are_exact_also_where_a_rank_has_padding_o
 
 
 def test_a_nan_on_one_rank_stops_both_with_the_same_words_and_nothing_changed(two):
-    (said, is_kept, num_states), other = two["refusal"]["heard"]
-    assert [said, is_kept, num_states] == other
+    (said, is_kept, updates_counted), other = two["refusal"]["heard"]
+    assert [said, is_kept, updates_counted] == other
     assert "loss is nan" in said
     assert "loss is not finite: 1." in said
     assert is_kept
-    assert num_states == 0
+    assert updates_counted == 0
 
 
 def test_no_case_of_the_worker_goes_unread(two, four):
