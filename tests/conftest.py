@@ -14,6 +14,10 @@ def pytest_configure(config: pytest.Config) -> None:
     import torch  # after the environment is set, which it reads
 
     torch.set_num_threads(1)
+    from hypothesis import settings
+
+    settings.register_profile("noisy machine", deadline=None)  # an example that takes long is no fault
+    settings.load_profile("noisy machine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

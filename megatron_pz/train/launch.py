@@ -58,14 +58,24 @@ from megatron_pz.types import Paragraph, Tokenizer
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the arguments say; 0 when the run is done or was asked to stop, 2 after an error that a user can mend."""
+    rank = int(os.environ.get("RANK", "0"))
     try:
         config = load_config(sys.argv[1:] if argv is None else argv)
         validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+    except MegatronPZError as error:
+        if rank == 0:  # all ranks read the same
+            _tell(error)
+        return 2
+    try:
         train(config)
     except MegatronPZError as error:
-        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        _tell(error, f"rank {rank}: " if rank else "")
         return 2
     return 0
+
+
+def _tell(error: MegatronPZError, who: str = "") -> None:
+    sys.stderr.write(f"{who}{type(error).__name__}: {error}\n")
 
 
 def train(config: Config) -> RunState:

@@ -47,7 +47,7 @@ def test_the_few_shot_prompts_end_inside_the_answer():
     assert templates.prediction_prompt("[mask].").endswith("Text: [mask].\nMissing: \\boxed{")
     assert (templates.mask.answer_prefix, templates.prediction.answer_prefix) == ("\\mask{", "\\boxed{")
     for template in (templates.mask, templates.prediction):
-        assert template.text.count("\nText: ") == 5  # four shots and the question
+        assert template.text.count("\nText: ") == 4  # three shots and the question
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+"""The main job under torchrun: what it plays and learns is what one process plays and learns, and it goes on from its checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from demo_runs import ROOT, arguments, rows, write_text
+from transformers import AutoModelForCausalLM
+
+LAYOUTS = {
+    "one process": (1, {}),
+    "dp2": (2, {}),
+    "tp2 sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+}
+GROUPS = {"paragraphs_per_step": 4, "n_masks_per_paragraph": 6, "n_predictions_per_mask": 6}
+TOLERANCE = 1e-4  # relative, of loss and gradient norm in float32 after up to two updates
+
+
+def launch(ranks: int, run_dir: Path, corpus: Path, **flags: object) -> subprocess.CompletedProcess[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [*torchrun, "-m", "megatron_pz", *arguments(run_dir, corpus, **flags)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Run directories after three steps, which two ranks make in two starts."""
+    folder = tmp_path_factory.mktemp("layouts")
+    corpus = write_text(folder / "text.jsonl")
+    for name, (ranks, layout) in LAYOUTS.items():
+        for steps in (2, 3) if name == "dp2" else (3,):
+            flags = {"train_iters": steps, "eval_interval": 1, "export_hf": steps == 3, **GROUPS, **layout}
+            done = launch(ranks, folder / name, corpus, **flags)
+            assert done.returncode == 0, done.stderr[-4000:]
+    return {name: folder / name for name in LAYOUTS}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one process"])
+def test_a_layout_plays_and_learns_what_one_process_does(runs: dict[str, Path], name: str) -> None:
+    one, here = (
+        [json.loads(line) for line in (runs[run] / "rollouts.jsonl").read_text().splitlines()]
+        for run in ("one process", name)
+    )
+    played = ("step", "role", "prompt", "response", "reward")
+    assert [[row[key] for key in played] for row in here] == [[row[key] for key in played] for row in one]
+    for wanted, found in zip(rows(runs["one process"]), rows(runs[name]), strict=True):
+        assert found["step"] == wanted["step"]
+        for key in ("loss", "grad_norm", "reward/prediction/mean", "eval/fixed_masks/accuracy", "tokens/trained"):
+            assert (key in found) == (key in wanted)
+            if key in wanted:
+                assert found[key] == pytest.approx(wanted[key], rel=TOLERANCE, abs=1e-6), (key, found["step"])
+    assert sum("grad_norm" in row for row in rows(runs[name])) >= 2, "the run hardly learned"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_its_export_is_the_policy_of_one_process(runs: dict[str, Path], name: str) -> None:
+    one = AutoModelForCausalLM.from_pretrained(runs["one process"] / "hf").state_dict()
+    here = AutoModelForCausalLM.from_pretrained(runs[name] / "hf").state_dict()
+    assert here.keys() == one.keys()
+    assert (
+        max(float((here[key] - one[key]).abs().max()) for key in one) < 1e-3
+    )  # Adam turns rounding of small gradients into steps
+
+
+def test_a_layout_that_does_not_divide_is_refused_once(tmp_path: Path) -> None:
+    corpus = write_text(tmp_path / "text.jsonl")
+    done = launch(2, tmp_path / "run", corpus, train_iters=1, tensor_model_parallel_size=4)
+    assert done.returncode != 0
+    assert done.stderr.count("LayoutError: ") == 1
+    assert not (tmp_path / "run").exists()
