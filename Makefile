@@ -40,7 +40,7 @@ test: lint
 test-slow:
 	@tools/setup_env.sh test
 	@$(PY) tools/fetch_demo_corpus.py .cache/demo
-	@$(PY) -m pytest -v -m slow
+	@$(PY) -m pytest -v -rP -m slow -n $(WORKERS)
 
 lint:
 	@tools/setup_env.sh test

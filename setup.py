@@ -19,6 +19,7 @@ BASE = [
     "tokenizers>=0.22",
     "safetensors>=0.5",
     "sentencepiece>=0.2",
+    "aiohttp>=3.11",
     "tyro>=1.0,<2",
     "tomli-w>=1.1,<2",
     "rich>=13.9",

@@ -29,6 +29,7 @@ POSITIVE = {
     "task": ["paragraphs_per_step", "n_masks_per_paragraph", "max_occurrences", "max_prompt_tokens", "span_max_words"],
     "engine": ["max_response_tokens", "max_running_requests"],
     "train": ["train_iters", "updates_per_batch", "max_tokens_per_micro_batch", "log_prob_chunk_tokens"],
+    "sglang": ["num_servers", "weight_bucket_mib"],
     "evaluate": ["num_fixed_masks", "n_samples_per_fixed_mask"],
     "checkpoint": ["keep"],
 }
@@ -37,6 +38,8 @@ POSITIVE = {
 NOT_NEGATIVE = {
     "parallel": ["expert_tensor_parallel_size"],
     "task": ["generator_weight", "predictor_weight", "advantage_eps", "answer_weight", "prompt_weight"],
+    "engine": ["async_steps", "over_sampling"],
+    "sglang": ["gpus_per_server", "server_port"],
     "train": ["seed", "lr", "min_lr", "lr_warmup_iters", "lr_decay_iters", "weight_decay", "clip_grad", "kl_coef"],
     "evaluate": ["eval_interval", "eval_temperature", "fixed_mask_seed"],
     "checkpoint": ["save_interval"],
@@ -200,10 +203,31 @@ def sampling_is_possible(config: Config, world_size: int) -> Iterator[str]:
     engine = config.engine
     if not 0 < engine.top_p <= 1:
         yield f"engine.top_p is {engine.top_p}; it must be above 0 and at most 1 (1 is off)."
-    if engine.engine != "embedded":
+    if engine.engine == "embedded":
+        alone = {"async_steps": 0, "stragglers": "wait"}
+        for name, value in alone.items():
+            if (found := getattr(engine, name)) != value:
+                yield (
+                    f"engine.{name} is {found!r} while engine.engine is 'embedded', which samples and trains in turns; "
+                    f"it must be {value!r}, or use --engine sglang."
+                )
+        if config.train.routing_replay:
+            yield "train.routing_replay is true while engine.engine is 'embedded': no server chooses experts. Use --engine sglang."
+
+
+def servers_are_named_or_started(config: Config, world_size: int) -> Iterator[str]:
+    sglang = config.sglang
+    if sglang.router_url and not sglang.server_urls:
+        yield "sglang.router_url is set and sglang.server_urls is empty: control calls go to each server. Name them too."
+    if sglang.server_urls and config.server:
         yield (
-            f"engine.engine is {engine.engine!r}; this version generates with the trainer's own weights only. "
-            "Use --engine embedded."
+            f"[server] sets {', '.join(sorted(config.server))} while sglang.server_urls names servers that run already. "
+            "Start them with these flags, or leave --server-urls empty."
+        )
+    if (config.engine.over_sampling > 0) != (config.engine.stragglers != "wait"):
+        yield (
+            f"engine.over_sampling is {config.engine.over_sampling} while engine.stragglers is {config.engine.stragglers!r}; "
+            "more paragraphs are begun than are needed where stragglers are cut or go on, and nowhere else. Set both."
         )
 
 
@@ -235,6 +259,8 @@ def clips_bound_the_ratio(config: Config, world_size: int) -> Iterator[str]:
         yield f"train.eps_clip is {train.eps_clip}; it must be between 0 and 1: the ratio is held above 1 - eps_clip."
     if train.eps_clip_high <= 0:
         yield f"train.eps_clip_high is {train.eps_clip_high}; it must be above 0: the ratio is held below 1 + it."
+    if train.importance_cap <= 1:
+        yield f"train.importance_cap is {train.importance_cap}; it must be above 1, the weight of a token on which engine and trainer agree."
     if train.dual_clip != 0 and train.dual_clip <= 1:
         yield f"train.dual_clip is {train.dual_clip}; it must be above 1 (e.g. 10), or 0 for off."
 
@@ -257,6 +283,7 @@ RULES: tuple[Rule, ...] = (
     masks_are_possible,
     roles_are_trained,
     sampling_is_possible,
+    servers_are_named_or_started,
     learning_rate_falls,
     optimizer_is_stable,
     clips_bound_the_ratio,

@@ -2,7 +2,8 @@
 
 Field names are unique over all sections, so that `--lr 1e-6` needs no section on the command line; in TOML they stand
 in their section (`[train] lr = 1e-6`). Names are Megatron-LM's where Megatron-LM has one, else `docs` of the design.
-`[transformer]`, `[optimizer]` and `[ddp]` set any field of Megatron-Core's own config classes by its name.
+`[transformer]`, `[optimizer]` and `[ddp]` set any field of Megatron-Core's own config classes by its name, `[server]` any flag
+of SGLang's server.
 Rules that tie fields together are in `config.rules`; reading and overriding is `config.load`.
 """
 
@@ -111,7 +112,46 @@ class EngineConfig:
     top_p: float = 1.0
     """Nucleus sampling; 1.0 is off."""
     max_running_requests: int = 256
-    """`embedded`: sequences decoded together."""
+    """`embedded`: sequences decoded together; `sglang`: requests under way, over all servers."""
+    async_steps: int = 0
+    """`sglang`: rounds that may be played ahead of the update that is under way; 0: play and train take turns."""
+    stragglers: Literal["wait", "cut", "continue"] = "wait"
+    """`sglang`: a round ends when all its paragraphs are done, or when `paragraphs_per_step` of more that were begun are:
+    the others are given up (`cut`), or go on in the next round (`continue`), under its weights."""
+    over_sampling: float = 0.0
+    """Share of paragraphs begun beyond `paragraphs_per_step` where stragglers are not waited for."""
+
+
+@dataclass(frozen=True)
+class SGLangConfig:
+    server_urls: str = ""
+    """Servers to attach to, separated by commas, e.g. http://node1:30000,http://node2:30000; empty: the run starts its own."""
+    router_url: str = ""
+    """sglang-router in front of `server_urls`: requests go there, control calls to each server."""
+    api_key_file: str = ""
+    """File with the key of the servers to attach to; the run's own servers get a key made for the run."""
+    num_servers: int = 1
+    """Servers that the run starts."""
+    gpus_per_server: int = 0
+    """GPUs of each server that the run starts (its tensor-parallel size); 0: the CPU."""
+    server_python: str = ""
+    """Python interpreter of an environment that has `sglang`; empty: the one that runs this program."""
+    server_host: str = "127.0.0.1"
+    """Address that the run's own servers listen on."""
+    server_port: int = 0
+    """First port of the run's own servers; 0: free ones are found."""
+    server_start_timeout_s: float = 900.0
+    """Seconds until a server must be ready."""
+    request_timeout_s: float = 600.0
+    """Seconds after which a request without an answer has its server examined."""
+    weight_transport: Literal["disk", "tensor", "distributed"] = "tensor"
+    """How weights reach the servers: files, tensors in requests, or a collective that servers and trainer share."""
+    weight_bucket_mib: int = 512
+    """Weights under way at one time, beside the model's own memory."""
+    pause_mode: Literal["retract", "in_place", "abort"] = "retract"
+    """What happens to requests under way while weights arrive."""
+    verify_weights: bool = False
+    """After each sync compare a checksum of every tensor over the servers, and probe one prompt greedily."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +190,13 @@ class TrainConfig:
     """Weight of the KL to the initial policy (k3 estimator); 0: no reference model."""
     updates_per_batch: int = 1
     """Optimizer updates that one round of play is split into."""
+    importance_sampling: Literal["off", "truncated", "masked"] = "off"
+    """Correction for engine and trainer that differ: weigh a token by its probability ratio trainer to engine, cut at
+    `importance_cap` (`truncated`), or leave out tokens whose ratio is over the cap or under its reciprocal (`masked`)."""
+    importance_cap: float = 2.0
+    """Largest weight of a token under `importance_sampling`."""
+    routing_replay: bool = False
+    """MoE: train each token on the experts that the server chose for it."""
     recompute_old_log_probs: bool = False
     """Take the ratio's denominator from the trainer before the update instead of from the engine (always so with several updates)."""
     max_tokens_per_micro_batch: int = 8192
@@ -203,6 +250,7 @@ class Config:
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    sglang: SGLangConfig = field(default_factory=SGLangConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -213,3 +261,5 @@ class Config:
     """Fields of megatron.core.optimizer.OptimizerConfig, by name."""
     ddp: dict[str, Any] = field(default_factory=dict)
     """Fields of megatron.core.distributed.DistributedDataParallelConfig, by name."""
+    server: dict[str, Any] = field(default_factory=dict)
+    """Flags of `sglang.launch_server` for the servers that the run starts, by name."""

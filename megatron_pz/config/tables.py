@@ -16,8 +16,8 @@ from typing import Any, Literal
 from megatron_pz.config.schema import Config
 from megatron_pz.errors import ConfigError
 
-PASS_THROUGH = ("transformer", "optimizer", "ddp")
-"""Sections whose keys are Megatron-Core's own; which keys exist is known where Megatron is imported."""
+PASS_THROUGH = ("transformer", "optimizer", "ddp", "server")
+"""Sections whose keys are Megatron-Core's or SGLang's own; which keys exist is known there."""
 
 SECTIONS: dict[str, Any] = {
     field.name: field.default_factory  # which, of a section, is its class
