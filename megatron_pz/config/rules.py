@@ -260,7 +260,7 @@ def clips_bound_the_ratio(config: Config, world_size: int) -> Iterator[str]:
     if train.eps_clip_high <= 0:
         yield f"train.eps_clip_high is {train.eps_clip_high}; it must be above 0: the ratio is held below 1 + it."
     if train.importance_cap <= 1:
-        yield f"train.importance_cap is {train.importance_cap}; it must be above 1, the weight of a token on which engine and trainer agree."
+        yield f"train.importance_cap is {train.importance_cap}; it must be above 1, the ratio of a token on which both agree."
     if train.dual_clip != 0 and train.dual_clip <= 1:
         yield f"train.dual_clip is {train.dual_clip}; it must be above 1 (e.g. 10), or 0 for off."
 
