@@ -35,11 +35,11 @@ from megatron_pz.checkpoint.hf_import import load_hf_weights  # noqa: E402
 from megatron_pz.config.load import load_config  # noqa: E402
 from megatron_pz.corpus.reader import read_paragraphs  # noqa: E402
 from megatron_pz.corpus.tokenizer import load_tokenizer  # noqa: E402
+from megatron_pz.engine.base import converse  # noqa: E402
 from megatron_pz.models.folder import read_hf_config, resolve_folder  # noqa: E402
 from megatron_pz.train.decode import embedded_engine  # noqa: E402
 from megatron_pz.train.model import build_model  # noqa: E402
 from megatron_pz.train.parallel import init_parallel, shutdown  # noqa: E402
-from megatron_pz.train.play import converse  # noqa: E402
 from megatron_pz.types import SamplingParams  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,7 +75,7 @@ def main() -> None:
             ]
             return sum(len(completion.token_ids) for completion in await asyncio.gather(*asked))
 
-        return converse(engine, True, play) or 0
+        return converse(engine, play) or 0
 
     def theirs(count: int, length: int) -> int:
         rows = [ids for ids in prompts[:count] for _ in range(GROUP)]

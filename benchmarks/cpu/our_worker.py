@@ -28,6 +28,7 @@ platform = select_platform("cpu")
 from megatron_pz.batch.samples import to_samples  # noqa: E402
 from megatron_pz.checkpoint.hf_import import load_hf_weights  # noqa: E402
 from megatron_pz.config.schema import Config, EngineConfig, ModelConfig, TrainConfig  # noqa: E402
+from megatron_pz.engine.base import converse  # noqa: E402
 from megatron_pz.game.advantages import advantages  # noqa: E402
 from megatron_pz.models.folder import read_hf_config  # noqa: E402
 from megatron_pz.train.deal import deal  # noqa: E402
@@ -35,7 +36,6 @@ from megatron_pz.train.decode import embedded_engine  # noqa: E402
 from megatron_pz.train.learn import Learner  # noqa: E402
 from megatron_pz.train.model import build_model  # noqa: E402
 from megatron_pz.train.parallel import init_parallel, shutdown  # noqa: E402
-from megatron_pz.train.play import converse  # noqa: E402
 from megatron_pz.train.step import Trainer  # noqa: E402
 from megatron_pz.types import Completion, Group, Role, Rollout, SamplingParams  # noqa: E402
 
@@ -91,7 +91,7 @@ def main() -> None:
             return await asyncio.gather(*asked)
 
         start = time.process_time()
-        completions = converse(engine, True, play)
+        completions = converse(engine, play)
         generated = time.process_time()
         assert completions is not None
         samples = to_samples(grouped(completions, group))

@@ -97,6 +97,8 @@ TABLE: tuple[Metric, ...] = (
         ("entropy/<role>", "nats", 0, _INF, "mean entropy of the policy on the role's trained tokens"),
         ("mismatch_kl", "nats", 0, _INF, "KL of engine and trainer on sampled tokens (k3)"),
         ("mismatch/max_abs", "nats", 0, _INF, "largest difference of a token's log-prob, engine against trainer"),
+        ("staleness/mean", "updates", 0, _INF, "updates between the weights that sampled a token and those that learn"),
+        ("staleness/max", "updates", 0, _INF, "the same of the oldest token"),
         ("clip_fraction", "share", 0, 1, "trained tokens whose ratio was clipped"),
         ("ratio/mean", "ratio", 0, _INF, "mean probability ratio, policy to the policy that sampled"),
         ("ref_kl", "nats", 0, _INF, "KL to the initial policy on trained tokens (k3)"),

@@ -25,7 +25,7 @@ from megatron_pz.corpus.cursor import Cursor
 from megatron_pz.corpus.paragraphs import select
 from megatron_pz.corpus.reader import read_paragraphs
 from megatron_pz.corpus.tokenizer import check_vocab, load_tokenizer
-from megatron_pz.engine.base import Engine
+from megatron_pz.engine.base import Engine, converse
 from megatron_pz.errors import ConfigError, CorpusError, MegatronPZError
 from megatron_pz.evaluate.fixed_masks import FixedMasks, fixed_set, score
 from megatron_pz.game.prompts import Templates
@@ -48,8 +48,8 @@ from megatron_pz.train.learn import Learner
 from megatron_pz.train.loop import run
 from megatron_pz.train.model import build_model
 from megatron_pz.train.parallel import Parallel, init_parallel, shutdown
-from megatron_pz.train.parts import Corpus, Parts
-from megatron_pz.train.play import GamePlayer, Player, TextPlayer, converse
+from megatron_pz.train.parts import Parts
+from megatron_pz.train.play import Corpus, GamePlayer, Player, Rounds, TextPlayer
 from megatron_pz.train.signals import StopSignals
 from megatron_pz.train.state import RunState
 from megatron_pz.train.step import Trainer
@@ -143,7 +143,7 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
         if state.step:
             console.message(f"continuing after step {state.step}")
     player: Player = (
-        GamePlayer(task, engine, parallel.is_rank0, config.train.seed, config.task)
+        GamePlayer(task, engine, config.train.seed, config.task)
         if isinstance(task, Task)
         else TextPlayer(task, parallel.is_rank0, config.train.seed)
     )
@@ -158,13 +158,18 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
 
     with StopSignals(parallel.control_group) as signals, console:
         parts = Parts(
-            corpus=Corpus(paragraphs, Cursor(len(paragraphs), config.train.seed)),
-            player=player,
+            rounds=Rounds(
+                Corpus(paragraphs, Cursor(len(paragraphs), config.train.seed)),
+                player,
+                config.task.paragraphs_per_step,
+                ahead=config.engine.async_steps,
+                last=config.train.train_iters,
+            ),
             deal=lambda played, step: deal(played.samples if played else None, config, parallel, step),
             learner=learner,
             trainer=trainer,
             engine=engine,
-            evaluate=_evaluator(config, sets, engine, parallel, writer),
+            evaluate=_evaluator(config, sets, engine, writer),
             journal=RunJournal(writer, console, config) if writer else SilentJournal(),
             save=save,
             rescue=rescue,
@@ -233,7 +238,6 @@ def _evaluator(
     config: Config,
     sets: list[tuple[FixedMasks, Asker]],
     engine: Engine,
-    parallel: Parallel,
     writer: RunWriter | None,
 ) -> Callable[[int], Mapping[str, float]]:
     """Scores every set; metrics on rank 0, which also writes the answers down, and nothing elsewhere."""
@@ -250,7 +254,7 @@ def _evaluator(
         return metrics
 
     def evaluate(step: int) -> Mapping[str, float]:
-        return converse(engine, parallel.is_rank0, lambda: scored(step)) or {}
+        return converse(engine, lambda: scored(step)) or {}
 
     return evaluate
 

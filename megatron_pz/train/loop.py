@@ -32,8 +32,8 @@ def run(parts: Parts, config: Config, state: RunState) -> RunState:
     while state.step < last:
         step = state.step + 1
         with timers("rollout"):
-            paragraphs = parts.corpus.take(state.position, config.task.paragraphs_per_step)
-            played = parts.player.play(step, paragraphs)
+            played = parts.rounds.next(state)
+        parts.engine.sleep()
         with timers("batch"):
             plans = parts.deal(played, step)
         try:
@@ -44,9 +44,11 @@ def run(parts: Parts, config: Config, state: RunState) -> RunState:
             if state.step and not parts.learner.is_mid_step:
                 _rescue(parts, state, error)
             raise
-        drawn = {"epoch": parts.corpus.epoch(state.position), "num_paragraphs": float(len(paragraphs))}
-        state = state.advance(len(paragraphs), updated=update.applied)
+        per_step = config.task.paragraphs_per_step
+        drawn = {"epoch": parts.rounds.corpus.epoch(state.position), "num_paragraphs": float(per_step)}
+        state = state.advance(per_step, updated=update.applied)
         with timers("sync"):
+            parts.engine.wake()
             parts.engine.load(parts.trainer.chunks, state.policy_version)
         scores = {}
         if config.evaluate.eval_interval and is_due(step, config.evaluate.eval_interval, last):

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_pz.corpus.cursor import Cursor
 from megatron_pz.engine.base import Engine
 from megatron_pz.report.timers import Timers
 from megatron_pz.train.learn import Learner
-from megatron_pz.train.play import Player, Round
+from megatron_pz.train.play import Round, Rounds
 from megatron_pz.train.signals import StopSignals
 from megatron_pz.train.state import RunState
 from megatron_pz.train.step import Trainer
-from megatron_pz.types import Paragraph, UpdatePlan, UpdateResult
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Paragraphs in a seeded order that any position can be asked for."""
-
-    paragraphs: Sequence[Paragraph]
-    cursor: Cursor
-
-    def take(self, position: int, n: int) -> list[Paragraph]:
-        """The `n` paragraphs from `position` on, counted in draws since the run began."""
-        return [self.paragraphs[index] for index in self.cursor.take(position, n)]
-
-    def epoch(self, position: int) -> float:
-        """Passes over the corpus that are done at `position`."""
-        return position / len(self.paragraphs)
+from megatron_pz.types import UpdatePlan, UpdateResult
 
 
 class Journal(Protocol):
@@ -53,8 +36,7 @@ class Journal(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    corpus: Corpus
-    player: Player
+    rounds: Rounds
     deal: Callable[[Round | None, int], list[UpdatePlan]]
     learner: Learner
     trainer: Trainer

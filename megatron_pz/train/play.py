@@ -1,23 +1,39 @@
-"""One round: paragraphs in, groups and trainable samples out.
+"""Rounds: paragraphs in, groups and trainable samples out, as many rounds ahead of the update as the engine may be.
 
-The game runs on rank 0; while it runs, the other ranks decode for it (`engine.follow`). What comes back is complete on
+The game runs on rank 0; while it runs, the other ranks help to answer (`engine.finish`). What comes back is complete on
 rank 0 and None elsewhere.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from megatron_pz.batch.samples import to_samples
 from megatron_pz.config.schema import TaskConfig
-from megatron_pz.engine.base import Engine
+from megatron_pz.corpus.cursor import Cursor
+from megatron_pz.engine.base import Conversation, Engine
 from megatron_pz.tasks.base import Task, TextTask
-from megatron_pz.types import Group, Paragraph, Sample
+from megatron_pz.train.state import RunState
+from megatron_pz.types import Generate, Group, Paragraph, Rollout, Sample
 
-T = TypeVar("T")
+
+@dataclass(frozen=True)
+class Corpus:
+    """Paragraphs in a seeded order that any position can be asked for."""
+
+    paragraphs: Sequence[Paragraph]
+    cursor: Cursor
+
+    def take(self, position: int, n: int) -> list[Paragraph]:
+        """The `n` paragraphs from `position` on, counted in draws since the run began."""
+        return [self.paragraphs[index] for index in self.cursor.take(position, n)]
+
+    def epoch(self, position: int) -> float:
+        """Passes over the corpus that are done at `position`."""
+        return position / len(self.paragraphs)
 
 
 @dataclass(frozen=True)
@@ -29,55 +45,129 @@ class Round:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-class Player(Protocol):
-    def play(self, step: int, paragraphs: Sequence[Paragraph]) -> Round | None:
-        """The round of `step`, on rank 0; None on the other ranks."""
+class Begun(Protocol):
+    """A round that may be under way."""
+
+    def finish(self) -> Round | None:
+        """The round, on rank 0, once it is over; None on the other ranks."""
         ...
 
 
-def converse(engine: Engine, is_rank0: bool, conversation: Callable[[], Awaitable[T]]) -> T | None:
-    """Result of `conversation()` on rank 0, whose requests every rank helps to answer; None on the other ranks."""
-    if not is_rank0:
-        engine.follow()
-        return None
+class Player(Protocol):
+    def begin(self, step: int, paragraphs: Sequence[Paragraph]) -> Begun:
+        """Begin the round of `step`. All ranks, in the order of the steps."""
+        ...
 
-    async def run() -> T:
-        return await conversation()
 
-    try:
-        return asyncio.run(run())
-    finally:
-        engine.release_followers()
+class Rounds:
+    """Hands out the rounds in order, and has those of the next steps under way while one is learned from.
+
+    Args:
+        ahead: rounds that may be under way beyond the one that is learned from (`engine.async_steps`).
+        last: step of the last round.
+    """
+
+    def __init__(self, corpus: Corpus, player: Player, per_step: int, ahead: int, last: int) -> None:
+        self.corpus, self.player, self.per_step, self.ahead, self.last = corpus, player, per_step, ahead, last
+        self._under_way: deque[Begun] = deque()
+
+    def next(self, state: RunState) -> Round | None:
+        """The round of the step after `state`; those ahead of it begin when it is over."""
+        if not self._under_way:
+            self._begin(state)
+        played = self._under_way.popleft().finish()
+        while len(self._under_way) < min(self.ahead, self.last - state.step - 1):
+            self._begin(state)
+        return played
+
+    def _begin(self, state: RunState) -> None:
+        """Begin the round after those that are under way, or after the one that `state` waits for."""
+        step = state.step + 1 + len(self._under_way)
+        self._under_way.append(self.player.begin(step, self._paragraphs(state, step)))
+
+    def _paragraphs(self, state: RunState, step: int) -> list[Paragraph]:
+        return self.corpus.take(state.position + (step - state.step - 1) * self.per_step, self.per_step)
 
 
 class GamePlayer:
-    """Plays a task that generates."""
+    """Plays a task that generates.
 
-    def __init__(self, task: Task, engine: Engine, is_rank0: bool, seed: int, config: TaskConfig) -> None:
-        self.task, self.engine, self.is_rank0, self.seed, self.config = task, engine, is_rank0, seed, config
+    Args:
+        keep: what is put between the game and the engine in the round of a step, e.g. a journal of completions.
+    """
 
-    def play(self, step: int, paragraphs: Sequence[Paragraph]) -> Round | None:
-        rollouts = converse(
-            self.engine, self.is_rank0, lambda: self.task.play(paragraphs, self.engine.generate, (self.seed, step))
-        )
+    def __init__(
+        self,
+        task: Task,
+        engine: Engine,
+        seed: int,
+        config: TaskConfig,
+        keep: Callable[[Generate, int], Generate] | None = None,
+    ) -> None:
+        self.task, self.engine, self.seed, self.config = task, engine, seed, config
+        self.keep = keep or (lambda generate, step: generate)
+
+    def begin(self, step: int, paragraphs: Sequence[Paragraph]) -> Begun:
+        generate = self.keep(self.engine.generate, step)
+        begun = self.engine.begin(lambda: self.task.play(paragraphs, generate, (self.seed, step)))
+        return BegunGame(self, step, begun)
+
+
+@dataclass(frozen=True)
+class BegunGame:
+    """A round of a game."""
+
+    player: GamePlayer
+    step: int
+    begun: Conversation[list[Rollout]]
+
+    def finish(self) -> Round | None:
+        rollouts = self.player.engine.finish(self.begun)
         if rollouts is None:
             return None
-        groups = self.task.groups(rollouts, step)
+        task, config = self.player.task, self.player.config
+        groups = task.groups(rollouts, self.step)
         samples = to_samples(
             groups,
-            generator_weight=self.config.generator_weight,
-            predictor_weight=self.config.predictor_weight,
+            generator_weight=config.generator_weight,
+            predictor_weight=config.predictor_weight,
         )
-        return Round(groups, samples, self.task.health(groups))
+        staleness = _staleness(groups, self.player.engine.version)
+        return Round(groups, samples, {**task.health(groups), **staleness})
 
 
+@dataclass(frozen=True)
 class TextPlayer:
     """Hands out supervised text: nothing is generated."""
 
-    def __init__(self, task: TextTask, is_rank0: bool, seed: int) -> None:
-        self.task, self.is_rank0, self.seed = task, is_rank0, seed
+    task: TextTask
+    is_rank0: bool
+    seed: int
 
-    def play(self, step: int, paragraphs: Sequence[Paragraph]) -> Round | None:
-        if not self.is_rank0:
+    def begin(self, step: int, paragraphs: Sequence[Paragraph]) -> Begun:
+        return BegunText(self, step, paragraphs)
+
+
+@dataclass(frozen=True)
+class BegunText:
+    """A round of supervised text."""
+
+    player: TextPlayer
+    step: int
+    paragraphs: Sequence[Paragraph]
+
+    def finish(self) -> Round | None:
+        if not self.player.is_rank0:
             return None
-        return Round((), self.task.samples(paragraphs, (self.seed, step)))
+        return Round((), self.player.task.samples(self.paragraphs, (self.player.seed, self.step)))
+
+
+def _staleness(groups: Sequence[Group], version: int) -> dict[str, float]:
+    """How many updates the sampled tokens are behind the policy `version` that learns from them."""
+    behind = [
+        version - sampled_by
+        for group in groups
+        for rollout in group.rollouts
+        for sampled_by in rollout.completion.weight_versions
+    ]
+    return {"staleness/mean": sum(behind) / len(behind), "staleness/max": float(max(behind))} if behind else {}

@@ -27,11 +27,11 @@ PLATFORM = select_platform("cpu")
 from megatron.core import parallel_state  # noqa: E402
 
 from megatron_pz.config.schema import Config, EngineConfig, ModelConfig, ParallelConfig, TrainConfig  # noqa: E402
+from megatron_pz.engine.base import converse  # noqa: E402
 from megatron_pz.errors import EngineError  # noqa: E402
 from megatron_pz.train.decode import embedded_engine  # noqa: E402
 from megatron_pz.train.model import build_model  # noqa: E402
 from megatron_pz.train.parallel import init_parallel, shutdown  # noqa: E402
-from megatron_pz.train.play import converse  # noqa: E402
 from megatron_pz.types import Completion, SamplingParams  # noqa: E402
 
 VOCAB_SIZE, STOP = 59, 3  # prime: every layout has to pad it
@@ -125,7 +125,7 @@ def run(model: str, layout: dict[str, Any]) -> dict[str, Any]:
                 for parameter in chunk.parameters():
                     parameter.mul_(1.25)
         engine.load(chunks, version)
-        rounds.append(converse(engine, parallel.is_rank0, lambda: conversation(engine)))
+        rounds.append(converse(engine, lambda: conversation(engine)))
         assert all(chunk.training for chunk in chunks), "the model is left as it was: ready to train"
     everywhere: list[Any] = [None] * parallel.world_size
     dist.all_gather_object(everywhere, (dataclasses.asdict(engine.counters), engine.ranks.is_speaker))

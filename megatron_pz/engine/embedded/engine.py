@@ -1,22 +1,26 @@
 """The embedded engine: what rank 0 is asked for, all ranks decode with the weights that they train.
 
 Coroutines on rank 0 await `generate`. Once no more requests come in, all that wait make a round: rank 0 sends them to
-the other ranks (which are in `follow`), every replica decodes its share, rank 0 gathers and answers the coroutines, whose
+the other ranks (which are in `finish`), every replica decodes its share, rank 0 gathers and answers the coroutines, whose
 next requests make the next round. Nothing depends on the clock.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
+from megatron_pz.engine.base import Conversation
 from megatron_pz.engine.embedded.batch import Counters, Decoder, decode
 from megatron_pz.engine.embedded.ranks import OneProcess, Ranks
 from megatron_pz.engine.embedded.requests import Request, Response, check, shares
 from megatron_pz.errors import EngineError
 from megatron_pz.types import Completion, SamplingParams
+
+T = TypeVar("T")
 
 QUIET_TURNS = 2
 """Turns of the event loop without a new request after which a round begins."""
@@ -32,6 +36,13 @@ class Model(Decoder, Protocol):
     def sampling(self) -> AbstractContextManager[None]:
         """Within the block the model is in the state for sampling; after it, as before."""
         ...
+
+
+@dataclass(frozen=True)
+class Deferred(Generic[T]):
+    """A conversation that has not happened yet."""
+
+    call: Callable[[], Awaitable[T]]
 
 
 class EmbeddedEngine:
@@ -74,16 +85,28 @@ class EmbeddedEngine:
         self._waiting.append((request, future))
         return await future
 
-    def follow(self) -> None:
-        """Decode this rank's share of every round until rank 0 releases its followers."""
-        while (requests := self.ranks.broadcast(None)) is not None:
-            self._answer(requests)
+    def begin(self, call: Callable[[], Awaitable[T]]) -> Deferred[T]:
+        """Put the conversation down; it happens in `finish`, since sampling and training take turns."""
+        return Deferred(call)
 
-    def release_followers(self) -> None:
-        """Let the other ranks leave `follow`. After a failed round they are out of step: nothing is sent, and they end
-        when this process does."""
-        if not self._is_broken:
-            self.ranks.broadcast(None)
+    def finish(self, begun: Conversation[T]) -> T | None:
+        """Hold the conversation on rank 0 while the other ranks decode their share of every round.
+
+        After a failed round the ranks are out of step: nothing is sent, and the others end when rank 0 does.
+        """
+        if self.ranks.rank != 0:
+            while (requests := self.ranks.broadcast(None)) is not None:
+                self._answer(requests)
+            return None
+
+        async def run() -> T:
+            return await begun.call()
+
+        try:
+            return asyncio.run(run())
+        finally:
+            if not self._is_broken:
+                self.ranks.broadcast(None)
 
     def load(self, weights: Any, version: int) -> None:
         """Sample from `weights` and stamp tokens with `version`, on every rank."""
@@ -92,10 +115,11 @@ class EmbeddedEngine:
         self.model.load(weights)
         self._version = version
 
-    async def drain(self) -> None:
-        """Return once no request waits."""
-        while self._waiting:
-            await asyncio.sleep(0)
+    def sleep(self) -> None:
+        """Nothing is held between rounds."""
+
+    def wake(self) -> None:
+        """Nothing was given up."""
 
     def close(self) -> None:
         """Nothing is held between rounds."""
