@@ -70,23 +70,21 @@ class Rounds:
     def __init__(self, corpus: Corpus, player: Player, per_step: int, ahead: int, last: int) -> None:
         self.corpus, self.player, self.per_step, self.ahead, self.last = corpus, player, per_step, ahead, last
         self._under_way: deque[Begun] = deque()
+        self._begun = 0  # step of the round that was begun last
 
     def next(self, state: RunState) -> Round | None:
         """The round of the step after `state`; those ahead of it begin when it is over."""
-        if not self._under_way:
-            self._begin(state)
+        step = state.step + 1
+        self._begin_until(step, state)
         played = self._under_way.popleft().finish()
-        while len(self._under_way) < min(self.ahead, self.last - state.step - 1):
-            self._begin(state)
+        self._begin_until(min(step + self.ahead, self.last), state)
         return played
 
-    def _begin(self, state: RunState) -> None:
-        """Begin the round after those that are under way, or after the one that `state` waits for."""
-        step = state.step + 1 + len(self._under_way)
-        self._under_way.append(self.player.begin(step, self._paragraphs(state, step)))
-
-    def _paragraphs(self, state: RunState, step: int) -> list[Paragraph]:
-        return self.corpus.take(state.position + (step - state.step - 1) * self.per_step, self.per_step)
+    def _begin_until(self, last: int, state: RunState) -> None:
+        for step in range(max(self._begun, state.step) + 1, last + 1):
+            position = state.position + (step - state.step - 1) * self.per_step
+            self._under_way.append(self.player.begin(step, self.corpus.take(position, self.per_step)))
+            self._begun = step
 
 
 class GamePlayer:
