@@ -224,6 +224,11 @@ def servers_are_named_or_started(config: Config, world_size: int) -> Iterator[st
             f"[server] sets {', '.join(sorted(config.server))} while sglang.server_urls names servers that run already. "
             "Start them with these flags, or leave --server-urls empty."
         )
+    if sglang.colocate and (config.engine.async_steps or config.engine.stragglers == "continue"):
+        yield (
+            f"sglang.colocate is true with engine.async_steps {config.engine.async_steps} and engine.stragglers "
+            f"{config.engine.stragglers!r}: requests would be under way while the servers have no memory. Use 0 and 'wait' or 'cut'."
+        )
     if (config.engine.over_sampling > 0) != (config.engine.stragglers != "wait"):
         yield (
             f"engine.over_sampling is {config.engine.over_sampling} while engine.stragglers is {config.engine.stragglers!r}; "

@@ -150,6 +150,9 @@ class SGLangConfig:
     """Weights under way at one time, beside the model's own memory."""
     pause_mode: Literal["retract", "in_place", "abort"] = "retract"
     """What happens to requests under way while weights arrive."""
+    colocate: bool = False
+    """The run's own servers use the trainer's GPUs: they release their memory while it trains, and it leaves gradients and
+    optimizer state in host memory while they generate."""
     verify_weights: bool = False
     """After each sync compare a checksum of every tensor over the servers, and probe one prompt greedily."""
 

@@ -119,6 +119,8 @@ TABLE: tuple[Metric, ...] = (
         ("time/eval_s", "seconds", 0, _INF, "fixed masks"),
         ("time/checkpoint_s", "seconds", 0, _INF, "saving after the step before this one"),
         ("time/step_s", "seconds", 0, _INF, "from the last record to this one, all phases and what is between them"),
+        ("memory/trainer_asleep_bytes", "bytes", 0, _INF, "the trainer's memory on its device at the end of play, rank 0"),
+        ("memory/trainer_awake_bytes", "bytes", 0, _INF, "the same at the end of the update"),
         ("memory/rss_bytes", "bytes", 0, _INF, "resident memory of rank 0's process"),
     ),
 )
@@ -131,6 +133,8 @@ WHEN: Mapping[str, str] = {
     "ref_kl": "kl_coef above 0",
     "eval/<set>/accuracy": _SCORED,
     "eval/<set>/format_rate": _SCORED,
+    "memory/trainer_asleep_bytes": "sglang.colocate",
+    "memory/trainer_awake_bytes": "sglang.colocate",
     "time/score_s": "kl_coef above 0, recompute_old_log_probs, or several updates a batch",
     "time/eval_s": "steps that score",
     "time/checkpoint_s": "steps after one that saved",

@@ -46,6 +46,7 @@ from megatron_pz.train.decode import embedded_engine
 from megatron_pz.train.journal import RunJournal, SilentJournal, describe_run, hashes
 from megatron_pz.train.learn import Learner
 from megatron_pz.train.loop import run
+from megatron_pz.train.memory import OwnMemory
 from megatron_pz.train.model import build_model
 from megatron_pz.train.parallel import Parallel, init_parallel, shutdown
 from megatron_pz.train.parts import Parts
@@ -169,6 +170,7 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
             learner=learner,
             trainer=trainer,
             engine=engine,
+            memory=OwnMemory(),
             evaluate=_evaluator(config, sets, engine, writer),
             journal=RunJournal(writer, console, config) if writer else SilentJournal(),
             save=save,

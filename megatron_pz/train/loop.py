@@ -33,7 +33,7 @@ def run(parts: Parts, config: Config, state: RunState) -> RunState:
         step = state.step + 1
         with timers("rollout"):
             played = parts.rounds.next(state)
-        parts.engine.sleep()
+        parts.memory.to_trainer()
         with timers("batch"):
             plans = parts.deal(played, step)
         try:
@@ -45,10 +45,13 @@ def run(parts: Parts, config: Config, state: RunState) -> RunState:
                 _rescue(parts, state, error)
             raise
         per_step = config.task.paragraphs_per_step
-        drawn = {"epoch": parts.rounds.corpus.epoch(state.position), "num_paragraphs": float(per_step)}
+        drawn = {
+            "epoch": parts.rounds.corpus.epoch(state.position),
+            "num_paragraphs": float(per_step),
+        } | parts.memory.lap()
         state = state.advance(per_step, updated=update.applied)
         with timers("sync"):
-            parts.engine.wake()
+            parts.memory.to_engine()
             parts.engine.load(parts.trainer.chunks, state.policy_version)
         scores = {}
         if config.evaluate.eval_interval and is_due(step, config.evaluate.eval_interval, last):

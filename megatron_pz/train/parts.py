@@ -9,6 +9,7 @@ from typing import Protocol
 from megatron_pz.engine.base import Engine
 from megatron_pz.report.timers import Timers
 from megatron_pz.train.learn import Learner
+from megatron_pz.train.memory import Memory
 from megatron_pz.train.play import Round, Rounds
 from megatron_pz.train.signals import StopSignals
 from megatron_pz.train.state import RunState
@@ -41,6 +42,7 @@ class Parts:
     learner: Learner
     trainer: Trainer
     engine: Engine
+    memory: Memory
     evaluate: Callable[[int], Mapping[str, float]]
     journal: Journal
     save: Callable[[RunState], None]

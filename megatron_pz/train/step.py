@@ -58,6 +58,18 @@ class Trainer:
         """Learning rate of update `step`, counted from 1."""
         return self.schedule.at(step)
 
+    def sleep(self) -> None:
+        """Free the gradient buffers and move the optimizer's state to host memory; only the weights stay on the device."""
+        for chunk in self.chunks:
+            chunk.offload_grad_buffers()
+        self.optimizer.offload_to_cpu()
+
+    def wake(self) -> None:
+        """Undo `sleep`; gradients are zero."""
+        for chunk in self.chunks:
+            chunk.restore_grad_buffers()
+        self.optimizer.restore_from_cpu()
+
     def step(
         self,
         plan: UpdatePlan,

@@ -1,0 +1,87 @@
+"""Engine and trainer on the same accelerator take turns with its memory (train/memory.py, Trainer.sleep and wake)."""
+
+from builders import sample
+
+from megatron_pz.config.schema import Config, ModelConfig, TrainConfig
+from megatron_pz.platform.select import select_platform
+
+PLATFORM = select_platform("cpu")  # before Megatron is imported
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from megatron_pz.batch.schedule import plan_update  # noqa: E402
+from megatron_pz.report.metrics import check  # noqa: E402
+from megatron_pz.train.memory import SharedMemory  # noqa: E402
+from megatron_pz.train.model import build_model  # noqa: E402
+from megatron_pz.train.parallel import init_parallel, shutdown  # noqa: E402
+from megatron_pz.train.step import Trainer  # noqa: E402
+
+TINY = {
+    "model_type": "qwen3",
+    "vocab_size": 90,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
+
+
+@pytest.fixture(scope="module")
+def parallel():
+    yield init_parallel(Config().parallel, PLATFORM, seed=1)
+    shutdown()
+
+
+def trained(parallel, rests):
+    config = Config(model=ModelConfig(init="random"), train=TrainConfig(lr=1e-2, lr_decay_style="constant"))
+    torch.manual_seed(5)
+    trainer = Trainer(build_model(TINY, config, PLATFORM, parallel), config, PLATFORM, parallel)
+    samples = [sample((5, 9, 20), (7, 1), advantage=1.0), sample((5, 9), (11, 3, 1), advantage=-0.5)]
+    plan = plan_update(samples, max_tokens=64, dp_size=1, loss_aggregation="token_mean")
+    for step in (1, 2, 3):
+        if rests:
+            trainer.sleep()
+            assert all(buffer.grad_data.untyped_storage().size() == 0 for buffer in trainer.chunks[0].buffers)
+            trainer.wake()
+        trainer.step(plan, lr_step=step)
+    return [parameter.detach().clone() for parameter in trainer.chunks[0].parameters()]
+
+
+def test_a_trainer_that_slept_between_updates_learns_the_same_to_the_bit(parallel):
+    for rested, awake in zip(trained(parallel, True), trained(parallel, False), strict=True):
+        assert torch.equal(rested, awake)
+
+
+def test_never_are_both_awake_and_each_phase_is_measured():
+    awake, log = {"engine", "trainer"}, []
+
+    def moves(who, up):
+        def move():
+            (awake.add if up else awake.discard)(who)
+            log.append(f"{who} {'wakes' if up else 'sleeps'}")
+            assert len(awake) <= 1
+
+        return move
+
+    memory = SharedMemory(
+        moves("engine", False), moves("engine", True), moves("trainer", False), moves("trainer", True), PLATFORM
+    )
+    for _ in range(2):
+        memory.to_trainer()
+        assert awake == {"trainer"}
+        memory.to_engine()
+        assert awake == {"engine"}
+        metrics = memory.lap()
+        check(metrics)
+        assert len(metrics) == 2 and min(metrics.values()) > 0
+        assert memory.lap() == {}
+    turn = ["engine sleeps", "trainer wakes", "trainer sleeps", "engine wakes"]
+    assert log == ["trainer sleeps", *turn, *turn]
