@@ -61,6 +61,17 @@ class JsonLines:
                 "Free some room and start the run again; it continues from its last checkpoint."
             ) from error
 
+    def sync(self) -> None:
+        """Have all rows on the disk itself, where they outlive a loss of power.
+
+        Raises:
+            DiskError: the disk refused some of them.
+        """
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            raise DiskError(f"{self.path} could not be put on disk: {error.strerror}. Free some room.") from error
+
     def close(self) -> None:
         if self._file >= 0:
             os.close(self._file)
