@@ -198,8 +198,7 @@ class CompletionJournal:
         self._writer.put(self.path(step), {"taken": [list(place) for place in taken], "weights": weights})
 
     def taken(self, step: int, weights: str = "") -> list[Place] | None:
-        """What was noted last for the round of `step` under these weights; None: nothing."""
-        self.flush()
+        """What an earlier process noted last for the round of `step` under these weights; None: nothing."""
         noted = [row for row in read_lines(self.path(step)) if "taken" in row and row.get("weights") == weights]
         return [(begun, place) for begun, place in noted[-1]["taken"]] if noted else None
 

@@ -6,8 +6,8 @@ A task of plain text hands out samples. Neither knows torch, Megatron or HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Coroutine, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from megatron_pz.game.spans import MASK_REJECT_REASONS
 from megatron_pz.types import Generate, Group, Paragraph, Rollout, Sample
@@ -22,6 +22,12 @@ class Task(Protocol):
 
     async def play(self, paragraphs: Sequence[Paragraph], generate: Generate, seed: Seed) -> list[Rollout]:
         """All rollouts of one round, rewarded; their order and content do not depend on which response lands first."""
+        ...
+
+    def play_paragraph(
+        self, paragraph: Paragraph, place: int, generate: Generate, seed: Seed
+    ) -> Coroutine[Any, Any, list[Rollout]]:
+        """What `play` makes of the paragraph at `place` of its round: `play` is these, one after another."""
         ...
 
     def groups(self, rollouts: Sequence[Rollout], step: int) -> list[Group]:

@@ -35,12 +35,15 @@ class PretrainZero:
             CorpusError: a paragraph's mask prompt is longer than `max_prompt_tokens`.
         """
         prompts = [self.asker.checked_mask_prompt(paragraph) for paragraph in paragraphs]
-        lines = await together(
-            self._line(paragraph, prompts[place], generate, seed, place, index)
+        played = await together(
+            self._paragraph(paragraph, prompts[place], place, generate, seed)
             for place, paragraph in enumerate(paragraphs)
-            for index in range(self.config.n_masks_per_paragraph)
         )
-        return [rollout for line in lines for rollout in line]
+        return [rollout for of_paragraph in played for rollout in of_paragraph]
+
+    async def play_paragraph(self, paragraph: Paragraph, place: int, generate: Generate, seed: Seed) -> list[Rollout]:
+        """Its part of `play`, by mask."""
+        return await self._paragraph(paragraph, self.asker.checked_mask_prompt(paragraph), place, generate, seed)
 
     def groups(self, rollouts: Sequence[Rollout], step: int) -> list[Group]:
         return make_groups(rollouts, self.config, step)
@@ -50,6 +53,15 @@ class PretrainZero:
 
     def prompt_ids(self, text: str) -> Sequence[int]:
         return self.asker.mask_prompt(text).ids
+
+    async def _paragraph(
+        self, paragraph: Paragraph, prompt: Prompt, place: int, generate: Generate, seed: Seed
+    ) -> list[Rollout]:
+        lines = await together(
+            self._line(paragraph, prompt, generate, seed, place, index)
+            for index in range(self.config.n_masks_per_paragraph)
+        )
+        return [rollout for line in lines for rollout in line]
 
     async def _line(
         self, paragraph: Paragraph, prompt: Prompt, generate: Generate, seed: Seed, place: int, index: int

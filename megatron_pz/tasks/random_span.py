@@ -30,9 +30,15 @@ class RandomSpan:
 
     async def play(self, paragraphs: Sequence[Paragraph], generate: Generate, seed: Seed) -> list[Rollout]:
         """Predictions by paragraph, then by mask."""
+        played = await together(
+            self.play_paragraph(paragraph, place, generate, seed) for place, paragraph in enumerate(paragraphs)
+        )
+        return [rollout for of_paragraph in played for rollout in of_paragraph]
+
+    async def play_paragraph(self, paragraph: Paragraph, place: int, generate: Generate, seed: Seed) -> list[Rollout]:
+        """Its part of `play`, by mask."""
         groups = await together(
             predict_all(self.asker, mask, generate, seed, place, index)
-            for place, paragraph in enumerate(paragraphs)
             for index in range(self.config.n_masks_per_paragraph)
             if (mask := self._mask(paragraph, seed, place, index)) is not None
         )

@@ -279,14 +279,17 @@ def test_records_go_when_no_resume_can_reach_them(tmp_path):
 
 
 def test_what_a_round_ended_with_is_on_record_for_the_weights_it_was_played_with(tmp_path):
-    journal = CompletionJournal(tmp_path)
-    assert journal.taken(3) is None
-    journal.note_taken(3, [(2, 5), (3, 0)], "aa")
+    def note(places, weights):
+        journal = CompletionJournal(tmp_path)
+        journal.note_taken(3, places, weights)
+        journal.close()
+        return CompletionJournal(tmp_path)
+
+    assert CompletionJournal(tmp_path).taken(3) is None
+    journal = note([(2, 5), (3, 0)], "aa")
     assert journal.taken(3, "aa") == [(2, 5), (3, 0)]
-    assert journal.taken(3, "bb") is None
-    journal.note_taken(3, [(3, 1), (3, 0)], "aa")
-    assert journal.taken(3, "aa") == [(3, 1), (3, 0)]
-    journal.close()
+    assert journal.taken(3, "bb") is None and journal.taken(2, "aa") is None
+    assert note([(3, 1), (3, 0)], "aa").taken(3, "aa") == [(3, 1), (3, 0)]
 
 
 def test_the_event_loop_does_not_wait_for_the_disk(tmp_path, monkeypatch):
