@@ -1,7 +1,7 @@
 # make demo          PretrainZero on real text with a small real policy; STEPS=200 goes on to step 200
 # make demo-smollm2  the same with SmolLM2-135M-Instruct
 # make test          lint, types, layers, tests        make test-slow  the long ones
-# make clean         removes .venv and caches, keeps runs/
+# make clean         removes .venv, .venv-sglang and caches, keeps runs/
 # PYTHON=python3.12 chooses the interpreter of a new .venv (3.11, else 3.12, by default).
 
 SHELL := bash
@@ -15,7 +15,7 @@ WORKERS ?= 2
 PY := .venv/bin/python
 OVERRIDES := $(if $(STEPS),--train-iters $(STEPS))
 
-.PHONY: demo demo-smollm2 demo-corpus smollm2 test test-slow lint bench-env clean help
+.PHONY: demo demo-smollm2 demo-corpus smollm2 test test-slow lint server bench-env clean help
 
 help:
 	@sed -n 's/^# //p' Makefile | head -n 5
@@ -34,8 +34,8 @@ smollm2:
 	@tools/setup_env.sh smollm2
 	@$(PY) tools/make_smollm2.py .cache/smollm2-135m-instruct
 
-test: lint
-	@$(PY) -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile
+test: lint server
+	@PZ_NEEDS_SERVER=1 $(PY) -m pytest -q -m "not slow" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 test-slow:
 	@tools/setup_env.sh test
@@ -50,10 +50,14 @@ lint:
 	@.venv/bin/lint-imports --no-cache > .cache/layers.log || { cat .cache/layers.log; exit 1; }
 	@echo 'lint: layers kept'
 
+# An SGLang server's environment, for a CPU.
+server:
+	@tools/setup_env.sh server
+
 bench-env:
 	@tools/setup_env.sh bench
 
 clean:
-	@rm -rf .venv .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf .venv .venv-sglang .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo 'clean: runs/ is kept'

@@ -1,6 +1,7 @@
-"""One thread a test process, and a printed reason for each GPU test that cannot run."""
+"""One thread a test process, one process for the real servers, and a printed reason for each GPU test that cannot run."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -20,9 +21,19 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("noisy machine")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` where there is no device, and say so."""
+    """Group tests by file, those with SGLang servers together and first; skip `gpu` without a device, and say so.
+
+    With `--dist loadgroup` a group stays in one process: a server is started once, and never two for one test.
+    """
     import torch
+
+    servers = Path(__file__).parent / "sglang"
+    items.sort(key=lambda item: servers not in item.path.parents)
+    for item in items:
+        group = "sglang" if servers in item.path.parents else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
     if not torch.cuda.is_available():
         for item in items:

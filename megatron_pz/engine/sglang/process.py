@@ -1,0 +1,107 @@
+"""A command as a process tree that ends with this program, with its words in a log file."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_pz.engine.sglang import supervisor
+from megatron_pz.errors import EngineError
+
+GRACE_S = 15.0
+"""From SIGTERM to SIGKILL: SGLang looks for a SIGTERM every 5 s, then releases its devices."""
+
+TAIL_BYTES = 64_000
+
+
+class ProcessTree:
+    """`command` under a supervisor (supervisor.py), in a session of its own: Ctrl-C in a terminal does not reach it.
+
+    Args:
+        command: program and arguments.
+        env: the whole environment of the command.
+        log_path: its output is appended here; the folder is made.
+    """
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], log_path: Path) -> None:
+        self.command, self.env, self.log_path = list(command), dict(env), log_path
+        self.pid = 0
+        """Of the command itself, once started."""
+        self._supervisor: subprocess.Popen[str] | None = None
+        self._log_start = 0
+
+    def start(self) -> None:
+        """Start the command.
+
+        Raises:
+            EngineError: it cannot be started.
+        """
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("ab") as log:
+            self._log_start = log.tell()
+            self._supervisor = subprocess.Popen(
+                [sys.executable, "-I", "-S", supervisor.__file__, str(os.getpid()), str(GRACE_S), *self.command],
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+                text=True,
+            )
+        assert self._supervisor.stdout is not None
+        with self._supervisor.stdout as output:
+            line = output.readline()
+        if not line:
+            self._supervisor.wait()
+            raise EngineError(f"A process could not be started: {self.tail(1)}")
+        self.pid = int(line)
+
+    def is_alive(self) -> bool:
+        """Whether the command runs, or anything of it is still being cleaned up."""
+        return self._supervisor is not None and self._supervisor.poll() is None
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """End the command and everything below it; returns when nothing is left. May be called at any time.
+
+        Args:
+            at_once: leave it no time to end by itself.
+        """
+        if self._supervisor is None or self._supervisor.poll() is not None:
+            return
+        self._supervisor.send_signal(signal.SIGUSR1 if at_once else signal.SIGTERM)
+        try:
+            self._supervisor.wait(GRACE_S + supervisor.KILL_TIMEOUT_S + 5)
+        except subprocess.TimeoutExpired:  # a stopped supervisor, or a process that no signal ends
+            os.killpg(self._supervisor.pid, signal.SIGKILL)
+            self._supervisor.wait()
+
+    def ending(self) -> str:
+        """How the command ended: "exit code 1", "SIGKILL"; "it runs" while it does."""
+        code = self._supervisor.poll() if self._supervisor else None
+        if code is None:
+            return "it runs"
+        number = -code if code < 0 else code - 128
+        try:
+            return signal.Signals(number).name
+        except ValueError:
+            return f"exit code {code}"
+
+    def tail(self, lines: int = 20) -> str:
+        """Last `lines` lines that the command, as last started, has written."""
+        try:
+            with self.log_path.open("rb") as log:
+                log.seek(0, os.SEEK_END)
+                log.seek(max(self._log_start, log.tell() - TAIL_BYTES))
+                text = log.read().decode("utf-8", errors="replace")
+        except FileNotFoundError:
+            return ""
+        return "\n".join([line for line in text.splitlines() if line.strip() and not _is_noise(line)][-lines:])
+
+
+def _is_noise(line: str) -> bool:
+    """Whether `line` is one of the hundred that a library writes when Python ends, after the error that one looks for."""
+    return line.startswith(("nanobind:", " - leaked", " - ... skipped", "See https://nanobind"))
