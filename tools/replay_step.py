@@ -1,14 +1,27 @@
-"""Repeat an update that a run refused because its loss or gradient was not finite, and name the tokens to blame.
+"""Repeat an update that a run refused, or train on rounds that were saved: no server, and no game is played.
 
-python tools/replay_step.py RUN_DIR/dumps/step_000123-rank0.pt                          a run of one process
-torchrun --nproc-per-node N tools/replay_step.py RUN_DIR/dumps/step_000123-rank0.pt     a run of N: any rank's file
+Why was it refused: repeat an update whose loss or gradient was not finite, and name the tokens to blame.
 
-The dump holds settings, weights and micro-batches: nothing of the run directory is changed. Exits with 0 if the update
-is refused again, with 1 if it is not, with 2 if the dump cannot be used.
+    python tools/replay_step.py RUN_DIR/dumps/step_000123-rank0.pt                       a run of one process
+    torchrun --nproc-per-node N tools/replay_step.py RUN_DIR/dumps/step_000123-rank0.pt  a run of N: any rank's file
+
+    The dump holds settings, weights and micro-batches: nothing of the run directory is changed. Exits with 0 if the
+    update is refused again, with 1 if it is not, with 2 if the dump cannot be used.
+
+What does a saved round teach: apply the updates of rounds in RUN_DIR/journal, of a run or of tools/play.py.
+
+    [torchrun --nproc-per-node N] tools/replay_step.py RUN_DIR STEP[-STEP] [options] [--flag value ...]
+
+    --checkpoint STEP   go on from this checkpoint of RUN_DIR, with its optimizer; else from --hf-model
+    --export FOLDER     write the policy there afterwards, as a Hugging Face folder
+
+    Settings are those of RUN_DIR/config.toml, over which flags of a run may be given (--lr 1e-6). Prints the metrics of
+    each step as a line of JSON. Exits with 0 if all updates were applied, else with 2.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
@@ -22,15 +35,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_pz.config.load import load_config
+from megatron_pz.config.rules import validate
 from megatron_pz.config.schema import Config
 from megatron_pz.config.tables import from_tables
 from megatron_pz.corpus.tokenizer import load_tokenizer
 from megatron_pz.errors import LayoutError, MegatronPZError, NumericsError
 from megatron_pz.platform.select import select_platform
+from megatron_pz.report.jsonl import to_line
 from megatron_pz.train.dump import Dump, Weights, read_dump
 from megatron_pz.train.forward import DeviceBatch, run_schedule
 from megatron_pz.train.model import build_model
 from megatron_pz.train.parallel import init_parallel, shutdown
+from megatron_pz.train.replay import train_on_saved
 from megatron_pz.train.step import Trainer
 from megatron_pz.types import MicroBatch, Tokenizer
 
@@ -40,10 +57,13 @@ SHOWN_NAMES = 4
 
 def main(argv: Sequence[str]) -> int:
     """See the module."""
-    if len(argv) != 1 or argv[0].startswith("-"):
+    if not argv or argv[0].startswith("-") or (len(argv) > 1 and not Path(argv[0]).is_dir()):
         sys.stderr.write((__doc__ or "") + "\n")
         return 2
     try:
+        if Path(argv[0]).is_dir():
+            learn(Path(argv[0]), argv[1:])
+            return 0
         dump = read_dump(_own_file(Path(argv[0])))
         wanted = int(os.environ.get("WORLD_SIZE", "1"))
         if dump.world_size != wanted:
@@ -55,6 +75,28 @@ def main(argv: Sequence[str]) -> int:
     except MegatronPZError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 2
+
+
+def learn(run_dir: Path, argv: Sequence[str]) -> None:
+    """Train on saved rounds; metrics are printed."""
+    parser = argparse.ArgumentParser(prog="tools/replay_step.py RUN_DIR", allow_abbrev=False)
+    parser.add_argument("steps", type=_steps)
+    parser.add_argument("--checkpoint", type=int)
+    parser.add_argument("--export", type=Path)
+    given, flags = parser.parse_known_args(argv)
+    config = load_config([str(run_dir / "config.toml"), *flags])
+    validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+
+    def tell(step: int, metrics: dict[str, float]) -> None:
+        print(to_line({"step": step, **metrics}), end="", flush=True)
+
+    train_on_saved(config, run_dir, given.steps, checkpoint=given.checkpoint, export=given.export, tell=tell)
+
+
+def _steps(text: str) -> range:
+    """`7` or `7-9`, the last included."""
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
 
 
 def replay(dump: Dump) -> bool:

@@ -28,7 +28,7 @@ from typing import Any
 from megatron_pz.checkpoint.completion_lines import completions, read_lines, request_key, to_row
 from megatron_pz.errors import DiskError
 from megatron_pz.report.jsonl import JsonLines
-from megatron_pz.types import Completion, Generate, SamplingParams
+from megatron_pz.types import Completion, Generate, Paragraph, SamplingParams
 
 JOURNAL_FOLDER = "journal"
 """In a run directory."""
@@ -192,6 +192,16 @@ class CompletionJournal:
         """`generate` with the record of the round of `step` in front of it; see `Journalled`."""
         self.flush()  # the round may have been begun before, in this process
         return Journalled(generate, self.path(step), self._writer, step=step, weights=weights, versions=versions)
+
+    def note_begun(self, step: int, seed: int, paragraphs: Sequence[Paragraph], weights: str = "") -> None:
+        """Put on record what the round of `step` plays, so that it can be told again without the corpus.
+
+        Args:
+            seed: of the run.
+            weights: as given to `keep`.
+        """
+        begun = [[p.id, p.text, p.title, p.source] for p in paragraphs]
+        self._writer.put(self.path(step), {"begun": begun, "seed": seed, "weights": weights})
 
     def note_taken(self, step: int, taken: Sequence[Place], weights: str = "") -> None:
         """Put on record which paragraphs the round of `step` ended with, where it did not wait for all."""

@@ -1,0 +1,119 @@
+"""Updates from saved rounds: what a run would learn from its journal, without an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_pz.batch.samples import to_samples
+from megatron_pz.checkpoint.hf_export import export_hf
+from megatron_pz.checkpoint.hf_import import load_hf_weights
+from megatron_pz.checkpoint.journal import JOURNAL_FOLDER, CompletionJournal
+from megatron_pz.checkpoint.saved_rounds import saved_rollouts
+from megatron_pz.checkpoint.store import CheckpointStore
+from megatron_pz.config.schema import Config
+from megatron_pz.corpus.tokenizer import check_vocab, load_tokenizer
+from megatron_pz.errors import CheckpointError, ConfigError
+from megatron_pz.game.prompts import Templates
+from megatron_pz.models.folder import read_hf_config, resolve_folder
+from megatron_pz.platform.base import Platform, torch_dtype
+from megatron_pz.platform.select import select_platform
+from megatron_pz.tasks.base import Task
+from megatron_pz.tasks.registry import make_task
+from megatron_pz.train.deal import deal
+from megatron_pz.train.learn import Learner
+from megatron_pz.train.model import build_model
+from megatron_pz.train.parallel import Parallel, init_parallel, shutdown
+from megatron_pz.train.step import Trainer
+from megatron_pz.types import Sample
+
+
+def train_on_saved(
+    config: Config,
+    run_dir: Path,
+    steps: Sequence[int],
+    *,
+    checkpoint: int | None = None,
+    export: Path | None = None,
+    tell: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+) -> None:
+    """Learn from the rounds of `steps`, one after the other. All ranks.
+
+    Args:
+        config: settings of the run that played them; `[train]` may differ.
+        run_dir: of that run, or of `tools/play.py`: it holds `journal/`.
+        checkpoint: step of the checkpoint of `run_dir` to go on from, with its optimizer; None: `model.hf_model`.
+        export: where the policy is written as a Hugging Face folder afterwards; None: nowhere.
+        tell: given the step and its metrics, on rank 0.
+
+    Raises:
+        CheckpointError: a round or the checkpoint is missing or not complete.
+        ConfigError: the task generates nothing.
+        NumericsError: an update is not finite; those before it were applied, nothing is exported.
+    """
+    platform = select_platform()
+    if platform.name == "cpu":
+        torch.set_num_threads(1)  # as the run: sums must not depend on it
+    parallel = init_parallel(config.parallel, platform, config.train.seed)
+    try:
+        _train(config, run_dir, steps, checkpoint, export, tell, platform, parallel)
+    finally:
+        shutdown()
+
+
+def _train(
+    config: Config,
+    run_dir: Path,
+    steps: Sequence[int],
+    checkpoint: int | None,
+    export: Path | None,
+    tell: Callable[[int, dict[str, float]], None],
+    platform: Platform,
+    parallel: Parallel,
+) -> None:
+    folder = resolve_folder(config.model.hf_model)
+    hf_config = read_hf_config(folder)
+    tokenizer = load_tokenizer(config.model.tokenizer or folder)
+    check_vocab(tokenizer, int(hf_config["vocab_size"]))
+    templates = Templates.load(config.task.template_dir, config.task.prompt_style)
+    task = make_task(config.task, config.engine, tokenizer, templates)
+    if not isinstance(task, Task):
+        raise ConfigError(f"--task is {config.task.task}, which generates nothing that could be saved.")
+    journal = CompletionJournal(run_dir / JOURNAL_FOLDER)
+    # Read before a model is built: a missing round is told at once.
+    rounds = [_samples(journal, step, task, config) if parallel.is_rank0 else (None, {}) for step in steps]
+
+    chunks = build_model(hf_config, config, platform, parallel)
+    if checkpoint is None and config.model.init == "pretrained":
+        load_hf_weights(chunks, folder)
+    trainer = Trainer(chunks, config, platform, parallel)
+    if checkpoint is not None:
+        place = run_dir / "checkpoints"
+        store = CheckpointStore(place, config.checkpoint.keep, parallel.control_group) if place.is_dir() else None
+        if store is None or checkpoint not in store.steps():
+            found = store.steps() if store else []
+            raise CheckpointError(f"{place} has no checkpoint of step {checkpoint}. It has: {found or 'none'}.")
+        store.load(checkpoint, chunks, trainer.optimizer)
+    learner = Learner(trainer, config.train, (export or run_dir).parent / "dumps", parallel.rank)
+    for step, (samples, health) in zip(steps, rounds, strict=True):
+        update = learner.learn(deal(samples, config, parallel, step), step)
+        if parallel.is_rank0:
+            learned = {"loss": update.loss, "grad_norm": update.grad_norm, **update.metrics} if update.applied else {}
+            tell(step, {**health, "lr": update.lr, **learned})
+    if export is not None:
+        dtype = torch_dtype(config.model.params_dtype)
+        export_hf(chunks, folder, export, dtype=dtype, group=parallel.control_group, is_rank0=parallel.is_rank0)
+
+
+def _samples(
+    journal: CompletionJournal, step: int, task: Task, config: Config
+) -> tuple[list[Sample] | None, dict[str, float]]:
+    """What the round of `step` teaches, and its health."""
+    groups = task.groups(saved_rollouts(journal, step, task), step)
+    weights = {
+        "generator_weight": config.task.generator_weight,
+        "predictor_weight": config.task.predictor_weight,
+    }
+    return to_samples(groups, **weights), task.health(groups)
