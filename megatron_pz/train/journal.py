@@ -34,7 +34,7 @@ class SilentJournal:
     def write(
         self,
         step: int,
-        drawn: Mapping[str, float],
+        facts: Mapping[str, float],
         played: Round | None,
         update: UpdateResult | None,
         scores: Mapping[str, float],
@@ -53,14 +53,14 @@ class RunJournal:
     def write(
         self,
         step: int,
-        drawn: Mapping[str, float],
+        facts: Mapping[str, float],
         played: Round | None,
         update: UpdateResult | None,
         scores: Mapping[str, float],
         timers: Timers,
     ) -> None:
         """Put the step on record."""
-        metrics: dict[str, float] = dict(drawn) | dict(played.metrics if played else {})
+        metrics: dict[str, float] = dict(facts) | dict(played.metrics if played else {})
         if played and played.groups:
             metrics["tokens/generated"] = float(_num_generated(played.groups))
         if update is not None:

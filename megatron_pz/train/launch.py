@@ -41,6 +41,7 @@ from megatron_pz.report.writers import RunWriter
 from megatron_pz.tasks.ask import Asker
 from megatron_pz.tasks.base import Task
 from megatron_pz.tasks.registry import make_task
+from megatron_pz.tasks.stragglers import Stragglers, num_begun
 from megatron_pz.train.deal import deal
 from megatron_pz.train.decode import embedded_engine
 from megatron_pz.train.journal import RunJournal, SilentJournal, describe_run, hashes
@@ -143,8 +144,9 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
         console.message(f"{len(paragraphs)} paragraphs ({_told(counts)}); run directory {run_dir}")
         if state.step:
             console.message(f"continuing after step {state.step}")
+    per_step = config.task.paragraphs_per_step
     player: Player = (
-        GamePlayer(task, engine, config.train.seed, config.task)
+        GamePlayer(task, engine, config.task, Stragglers(task, config.engine, per_step, config.train.seed))
         if isinstance(task, Task)
         else TextPlayer(task, parallel.is_rank0, config.train.seed)
     )
@@ -162,9 +164,10 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
             rounds=Rounds(
                 Corpus(paragraphs, Cursor(len(paragraphs), config.train.seed)),
                 player,
-                config.task.paragraphs_per_step,
+                num_begun=lambda step: num_begun(config.engine, per_step, step),
                 ahead=config.engine.async_steps,
                 last=config.train.train_iters,
+                start=state,
             ),
             deal=lambda played, step: deal(played.samples if played else None, config, parallel, step),
             learner=learner,

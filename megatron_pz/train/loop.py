@@ -44,12 +44,13 @@ def run(parts: Parts, config: Config, state: RunState) -> RunState:
             if state.step and not parts.learner.is_mid_step:
                 _rescue(parts, state, error)
             raise
-        per_step = config.task.paragraphs_per_step
-        drawn = {
+        drawn = parts.rounds.num_begun(step)
+        facts = {
             "epoch": parts.rounds.corpus.epoch(state.position),
-            "num_paragraphs": float(per_step),
-        } | parts.memory.lap()
-        state = state.advance(per_step, updated=update.applied)
+            "num_paragraphs": float(drawn),
+            **parts.memory.lap(),
+        }
+        state = state.advance(drawn, updated=update.applied, left=played.left if played else ())
         with timers("sync"):
             parts.memory.to_engine()
             parts.engine.load(parts.trainer.chunks, state.policy_version)
@@ -58,7 +59,7 @@ def run(parts: Parts, config: Config, state: RunState) -> RunState:
             with timers("eval"):
                 scores = parts.evaluate(step)
         stop = parts.signals.agreed()
-        parts.journal.write(step, drawn, played, update, scores, timers)
+        parts.journal.write(step, facts, played, update, scores, timers)
         if stop or is_due(step, config.checkpoint.save_interval, last):
             with timers("checkpoint"):
                 parts.save(state)

@@ -21,7 +21,7 @@ class Journal(Protocol):
     def write(
         self,
         step: int,
-        drawn: Mapping[str, float],
+        facts: Mapping[str, float],
         played: Round | None,
         update: UpdateResult | None,
         scores: Mapping[str, float],
@@ -30,7 +30,7 @@ class Journal(Protocol):
         """Put a step on record: `metrics.jsonl`, `rollouts.jsonl`, TensorBoard, the console. Rank 0 writes.
 
         Args:
-            drawn: metrics on the step's paragraphs, on every rank.
+            facts: metrics that are neither the round's nor the update's.
         """
         ...
 

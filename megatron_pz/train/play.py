@@ -16,8 +16,9 @@ from megatron_pz.config.schema import TaskConfig
 from megatron_pz.corpus.cursor import Cursor
 from megatron_pz.engine.base import Conversation, Engine
 from megatron_pz.tasks.base import Task, TextTask
+from megatron_pz.tasks.stragglers import Place, Played, Stragglers
 from megatron_pz.train.state import RunState
-from megatron_pz.types import Generate, Group, Paragraph, Rollout, Sample
+from megatron_pz.types import Generate, Group, Paragraph, Sample
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Round:
     groups: Sequence[Group]  # of both roles, dropped ones included; empty for supervised text
     samples: Sequence[Sample]  # what the update may learn from
     metrics: Mapping[str, float] = field(default_factory=dict)
+    left: Sequence[Place] = ()  # paragraphs that go on in the next round
 
 
 class Begun(Protocol):
@@ -54,8 +56,16 @@ class Begun(Protocol):
 
 
 class Player(Protocol):
-    def begin(self, step: int, paragraphs: Sequence[Paragraph]) -> Begun:
-        """Begin the round of `step`. All ranks, in the order of the steps."""
+    def begin(self, step: int, paragraphs: Sequence[Paragraph], version: int) -> Begun:
+        """Begin the round of `step`. All ranks, in the order of the steps.
+
+        Args:
+            version: of the policy that samples when it begins.
+        """
+        ...
+
+    def resume(self, left: Sequence[tuple[Place, Paragraph]]) -> None:
+        """Have paragraphs that a checkpoint's round left begun again by the next one."""
         ...
 
 
@@ -63,14 +73,25 @@ class Rounds:
     """Hands out the rounds in order, and has those of the next steps under way while one is learned from.
 
     Args:
+        num_begun: paragraphs that the round of a step begins.
         ahead: rounds that may be under way beyond the one that is learned from (`engine.async_steps`).
         last: step of the last round.
+        start: where the run goes on.
     """
 
-    def __init__(self, corpus: Corpus, player: Player, per_step: int, ahead: int, last: int) -> None:
-        self.corpus, self.player, self.per_step, self.ahead, self.last = corpus, player, per_step, ahead, last
+    def __init__(
+        self,
+        corpus: Corpus,
+        player: Player,
+        num_begun: Callable[[int], int],
+        ahead: int,
+        last: int,
+        start: RunState,
+    ) -> None:
+        self.corpus, self.player, self.num_begun, self.ahead, self.last = corpus, player, num_begun, ahead, last
         self._under_way: deque[Begun] = deque()
-        self._begun = 0  # step of the round that was begun last
+        self._begun = start.step  # step of the round that was begun last
+        player.resume([(place, self._paragraph(place, start)) for place in start.left])
 
     def next(self, state: RunState) -> Round | None:
         """The round of the step after `state`; those ahead of it begin when it is over."""
@@ -81,34 +102,49 @@ class Rounds:
         return played
 
     def _begin_until(self, last: int, state: RunState) -> None:
-        for step in range(max(self._begun, state.step) + 1, last + 1):
-            position = state.position + (step - state.step - 1) * self.per_step
-            self._under_way.append(self.player.begin(step, self.corpus.take(position, self.per_step)))
+        for step in range(self._begun + 1, last + 1):
+            paragraphs = self.corpus.take(self._position(step, state), self.num_begun(step))
+            self._under_way.append(self.player.begin(step, paragraphs, state.policy_version))
             self._begun = step
+
+    def _position(self, step: int, state: RunState) -> int:
+        """Of the first paragraph that the round of `step` begins."""
+        after = sum(self.num_begun(between) for between in range(state.step + 1, step))
+        before = sum(self.num_begun(between) for between in range(step, state.step + 1))
+        return state.position + after - before
+
+    def _paragraph(self, place: Place, state: RunState) -> Paragraph:
+        step, index = place
+        return self.corpus.take(self._position(step, state) + index, 1)[0]
+
+
+class Keep(Protocol):
+    def __call__(self, generate: Generate, step: int, version: int) -> Generate:
+        """`generate` with a record of completions in front of it; `version` as in `Player.begin`."""
+        ...
 
 
 class GamePlayer:
     """Plays a task that generates.
 
     Args:
-        keep: what is put between the game and the engine in the round of a step, e.g. a journal of completions.
+        rounds: decides which paragraphs a round ends with.
+        keep: what is put between the game and the engine in the round of a step.
     """
 
     def __init__(
-        self,
-        task: Task,
-        engine: Engine,
-        seed: int,
-        config: TaskConfig,
-        keep: Callable[[Generate, int], Generate] | None = None,
+        self, task: Task, engine: Engine, config: TaskConfig, rounds: Stragglers, keep: Keep | None = None
     ) -> None:
-        self.task, self.engine, self.seed, self.config = task, engine, seed, config
-        self.keep = keep or (lambda generate, step: generate)
+        self.task, self.engine, self.config, self.rounds = task, engine, config, rounds
+        self.keep = keep or (lambda generate, step, version: generate)
 
-    def begin(self, step: int, paragraphs: Sequence[Paragraph]) -> Begun:
-        generate = self.keep(self.engine.generate, step)
-        begun = self.engine.begin(lambda: self.task.play(paragraphs, generate, (self.seed, step)))
-        return BegunGame(self, step, begun)
+    def begin(self, step: int, paragraphs: Sequence[Paragraph], version: int) -> Begun:
+        generate = self.keep(self.engine.generate, step, version)
+        return BegunGame(self, step, self.engine.begin(lambda: self.rounds.play(step, paragraphs, generate)))
+
+    def resume(self, left: Sequence[tuple[Place, Paragraph]]) -> None:
+        keep, version = self.keep, self.engine.version
+        self.rounds.resume((place, text, keep(self.engine.generate, place[0], version)) for place, text in left)
 
 
 @dataclass(frozen=True)
@@ -117,21 +153,21 @@ class BegunGame:
 
     player: GamePlayer
     step: int
-    begun: Conversation[list[Rollout]]
+    begun: Conversation[Played]
 
     def finish(self) -> Round | None:
-        rollouts = self.player.engine.finish(self.begun)
-        if rollouts is None:
+        played = self.player.engine.finish(self.begun)
+        if played is None:
             return None
         task, config = self.player.task, self.player.config
-        groups = task.groups(rollouts, self.step)
+        groups = task.groups(played.rollouts, self.step)
         samples = to_samples(
             groups,
             generator_weight=config.generator_weight,
             predictor_weight=config.predictor_weight,
         )
         staleness = _staleness(groups, self.player.engine.version)
-        return Round(groups, samples, {**task.health(groups), **staleness})
+        return Round(groups, samples, {**task.health(groups), **played.metrics, **staleness}, played.left)
 
 
 @dataclass(frozen=True)
@@ -142,8 +178,11 @@ class TextPlayer:
     is_rank0: bool
     seed: int
 
-    def begin(self, step: int, paragraphs: Sequence[Paragraph]) -> Begun:
+    def begin(self, step: int, paragraphs: Sequence[Paragraph], version: int) -> Begun:
         return BegunText(self, step, paragraphs)
+
+    def resume(self, left: Sequence[tuple[Place, Paragraph]]) -> None:
+        """Text leaves nothing over."""
 
 
 @dataclass(frozen=True)

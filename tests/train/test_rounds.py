@@ -17,10 +17,14 @@ class Recorder:
     log: list[str] = field(default_factory=list)
     drawn: dict[int, list[str]] = field(default_factory=dict)
 
-    def begin(self, step, paragraphs):
+    def begin(self, step, paragraphs, version):
+        assert version <= step - 1
         self.log.append(f"begin {step}")
         self.drawn[step] = [paragraph.id for paragraph in paragraphs]
         return Begun(self, step)
+
+    def resume(self, left):
+        self.left = [(place, paragraph.id) for place, paragraph in left]
 
 
 @dataclass
@@ -33,11 +37,11 @@ class Begun:
         return Round((), ())
 
 
-def played(ahead, start=0):
+def played(ahead, start=0, left=()):
     recorder = Recorder()
     corpus = Corpus([Paragraph(str(index), "") for index in range(7)], Cursor(7, seed=3))
-    rounds = Rounds(corpus, recorder, PER_STEP, ahead, LAST)
-    state = RunState(3, step=start, position=start * PER_STEP)
+    state = RunState(3, step=start, position=start * PER_STEP, left=left)
+    rounds = Rounds(corpus, recorder, lambda step: PER_STEP, ahead, LAST, state)
     while state.step < LAST:
         assert rounds.next(state) is not None
         recorder.log.append(f"learn {state.step + 1}")
@@ -50,7 +54,9 @@ def test_none_ahead_plays_and_learns_in_turns():
 
 
 def test_one_ahead_begins_the_next_before_it_learns_and_none_after_the_last():
-    expected = "begin 1 finish 1 begin 2 learn 1 finish 2 begin 3 learn 2 finish 3 begin 4 learn 3 finish 4 begin 5 learn 4"
+    expected = (
+        "begin 1 finish 1 begin 2 learn 1 finish 2 begin 3 learn 2 finish 3 begin 4 learn 3 finish 4 begin 5 learn 4"
+    )
     assert " ".join(played(1).log) == expected + " finish 5 learn 5"
 
 
@@ -69,3 +75,8 @@ def test_each_round_has_the_paragraphs_it_has_without_overlap_and_after_a_resume
     alone = played(0).drawn
     assert played(2).drawn == alone
     assert played(1, start=2).drawn == {step: alone[step] for step in (3, 4, 5)}
+
+
+def test_what_a_checkpoint_left_over_is_found_again_in_the_corpus():
+    alone = played(0).drawn
+    assert played(0, start=3, left=((2, 1), (3, 0))).left == [((2, 1), alone[2][1]), ((3, 0), alone[3][0])]
