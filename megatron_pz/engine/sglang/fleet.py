@@ -17,6 +17,7 @@ import aiohttp
 from megatron_pz.engine.sglang.server import (
     PROBE_INTERVAL_S,
     PROBE_TIMEOUT_S,
+    PortTaken,
     ServerProcess,
     ServerSpec,
     write_secret,
@@ -141,11 +142,9 @@ class LaunchedFleet:
         for attempt in range(1, PORT_ATTEMPTS + 1):
             try:
                 return await self.servers[index].wait_ready(timeout_s, tell)
-            except EngineError:
-                may_move = self.specs[index].port == 0 and attempt < PORT_ATTEMPTS
-                if not (may_move and "address already in use" in self.servers[index].tail().lower()):
+            except PortTaken:
+                if self.specs[index].port or attempt == PORT_ATTEMPTS:
                     raise
-            await asyncio.to_thread(self.servers[index].stop, at_once=True)
             self.servers[index] = ServerProcess(self._with_port(self.specs[index]))
             await asyncio.to_thread(self._start, index)
 

@@ -103,5 +103,5 @@ class ProcessTree:
 
 
 def _is_noise(line: str) -> bool:
-    """Whether `line` is one of the hundred that a library writes when Python ends, after the error that one looks for."""
-    return line.startswith(("nanobind:", " - leaked", " - ... skipped", "See https://nanobind"))
+    """Whether `line` tells nothing: half a warning, or one of the hundred that a library writes after the last error."""
+    return line.startswith(("  warnings.warn", "nanobind:", " - leaked", " - ... skipped", "See https://nanobind"))

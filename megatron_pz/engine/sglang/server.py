@@ -134,6 +134,10 @@ def environment(spec: ServerSpec, base: Mapping[str, str]) -> dict[str, str]:
     return env | dict(spec.env)
 
 
+class PortTaken(EngineError):
+    """Another program took the server's port before the server could listen on it."""
+
+
 class ServerProcess:
     """The server of `spec`, which ends with this process (process.py)."""
 
@@ -141,7 +145,8 @@ class ServerProcess:
         self.spec = spec
         config_path = spec.log_path.with_suffix(".yaml")
         self._config_path = config_path
-        self._tree = ProcessTree(command(spec, config_path), environment(spec, os.environ), spec.log_path)
+        self._env = environment(spec, os.environ)
+        self._tree = ProcessTree(command(spec, config_path), self._env, spec.log_path)
 
     @property
     def url(self) -> str:
@@ -159,7 +164,7 @@ class ServerProcess:
         Raises:
             EngineError: its interpreter or SGLang is missing, or SGLang's version is not supported.
         """
-        check_version(installed_version(self.spec.python), self.spec.python)
+        check_version(installed_version(self.spec.python, self._env), self.spec.python)
         write_secret(self._config_path, json.dumps({"api-key": self.spec.api_key}))  # JSON is YAML
         self._tree.start()
 
@@ -170,12 +175,21 @@ class ServerProcess:
             progress: called about once a second with the seconds waited and the log's last line.
 
         Raises:
+            PortTaken: it could not listen, and was stopped.
             EngineError: it has ended, or was not ready after `timeout_s` and was stopped; with its last log lines.
         """
         began = told = time.monotonic()
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)) as session:
+        timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
+        headers = {"Authorization": f"Bearer {self.spec.api_key}"}
+        async with aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
             while not await self._answers(session):
                 waited = time.monotonic() - began
+                if "address already in use" in self._tree.tail().lower():  # it does not end by itself then
+                    await asyncio.to_thread(self.stop, at_once=True)
+                    raise PortTaken(
+                        f"Another program listens on {self.spec.host}:{self.spec.port}, so that the SGLang server could not. "
+                        "Choose another --server-port, or 0 for any."
+                    )
                 if not self.is_alive():
                     raise EngineError(f"{self.death()} It had been starting for {waited:.0f} s.")
                 if waited > timeout_s:
@@ -192,7 +206,10 @@ class ServerProcess:
 
     async def _answers(self, session: aiohttp.ClientSession) -> bool:
         try:
-            async with session.get(f"{self.url}/health") as reply:
+            async with session.get(f"{self.url}/model_info") as reply:  # under the key: it is this server, no other's
+                if reply.status != 200:
+                    return False
+            async with session.get(f"{self.url}/health") as reply:  # generates a token
                 return reply.status == 200
         except (aiohttp.ClientError, TimeoutError):
             return False

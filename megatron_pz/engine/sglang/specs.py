@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,20 @@ def server_specs(
     return specs
 
 
+def context_length(config: Config, hf_config: Mapping[str, Any]) -> int:
+    """Most tokens of prompt and response together that a run asks for and its model takes."""
+    wanted = config.task.max_prompt_tokens + config.engine.max_response_tokens
+    return min(wanted, int(hf_config.get("max_position_embeddings") or wanted))
+
+
 def _flags(config: Config, index: int, context_length: int) -> dict[str, Any]:
     flags: dict[str, Any] = {
         "dtype": config.model.params_dtype,
         "context-length": context_length,
         "random-seed": config.train.seed + index,  # else it is drawn at each start
     }
+    if config.model.init == "random":
+        flags["load-format"] = "dummy"  # there is nothing to read; the trainer hands over its own
     if config.train.routing_replay:
         flags["enable-return-routed-experts"] = True
     if config.sglang.colocate and config.sglang.gpus_per_server:

@@ -66,12 +66,11 @@ def supervise(parent: int, grace_s: float, command: Sequence[str]) -> int:
     while status is None:
         time.sleep(INTERVAL_S)
         status = reap().get(child)
-        if deadline is None and (orders.stop or os.getppid() != parent):
-            deadline = time.monotonic() + grace_s
-            if status is None:
-                os.kill(child, signal.SIGTERM)
-        if deadline is not None and (orders.at_once or time.monotonic() > deadline):
+        if orders.at_once or (deadline is not None and time.monotonic() > deadline):
             break
+        if status is None and deadline is None and (orders.stop or os.getppid() != parent):
+            deadline = time.monotonic() + grace_s
+            os.kill(child, signal.SIGTERM)
     found = kill_all()
     code = os.waitstatus_to_exitcode(found.get(child, 0) if status is None else status)
     return 128 - code if code < 0 else code

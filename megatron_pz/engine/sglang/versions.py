@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Mapping
 
 from megatron_pz.errors import EngineError
 
@@ -29,8 +30,8 @@ def check_version(version: str, where: str) -> None:
         )
 
 
-def installed_version(python: str) -> str:
-    """Version of SGLang in the environment of the interpreter `python`.
+def installed_version(python: str, env: Mapping[str, str] | None = None) -> str:
+    """Version of SGLang in the environment of the interpreter `python`, started with the variables `env`.
 
     Raises:
         EngineError: the interpreter does not start, or has no SGLang.
@@ -40,7 +41,7 @@ def installed_version(python: str) -> str:
         ".venv-sglang/bin/python)."
     )
     try:
-        done = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, timeout=60, env=env)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise EngineError(f"The servers' interpreter {python} does not start: {error}. {way_out}") from error
     if done.returncode:
