@@ -110,13 +110,14 @@ def test_no_file_names_a_registry_or_a_path_of_this_machine():
     assert found == []
 
 
-def run_setup(folder, path, **environment):
-    """tools/setup_env.sh run, in a bare copy of the project, with `path` as its PATH."""
-    for name in ("setup.py", "tools/setup_env.sh", "constraints/py311.txt", "constraints/py312.txt"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
+def run_setup(folder, path, purpose="run", **environment):
+    """tools/setup_env.sh `purpose`, in a bare copy of the project, with `path` as its PATH."""
+    folder.mkdir(exist_ok=True)
+    shutil.copy(ROOT / "setup.py", folder)
+    for name in ("tools", "constraints"):
+        shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True)
     return subprocess.run(
-        ["bash", "tools/setup_env.sh", "run"],
+        ["bash", "tools/setup_env.sh", purpose],
         cwd=folder,
         env={"PATH": path, "HOME": str(folder)} | environment,
         capture_output=True,
@@ -159,25 +160,43 @@ def test_a_wrong_python_is_one_clear_error(tmp_path, bare_path):
     assert "PYTHON=python3.9 is Python 3.9; 3.11 or 3.12 is needed" in done.stderr
 
 
-def test_no_disk_is_one_clear_error(tmp_path, bare_path):
+def test_the_servers_python_is_looked_for_beside_the_trainers(tmp_path, bare_path):
+    fake(bare_path, "python3.12", "echo 3.12")
+    done = run_setup(tmp_path / "clone", str(bare_path), "server", PYTHON="python3.12")
+    assert done.returncode == 1
+    assert "no Python 3.11 with the venv module on the PATH (found: python3.12=3.12 python3.12=3.12)" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+PURPOSES = [
+    ("run", ".venv", "2500", "torch"),
+    pytest.param(
+        *("server", ".venv-sglang", "4000", "torch of the server"),
+        marks=pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the servers' environment is of Python 3.11"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("purpose", "venv", "mib", "what"), PURPOSES)
+def test_no_disk_is_one_clear_error(tmp_path, bare_path, purpose, venv, mib, what):
     os.symlink(sys.executable, bare_path / f"python3.{sys.version_info.minor}")
     (bare_path / "df").unlink()
     fake(bare_path, "df", "echo header; echo 'disk 1000000 900000 102400 90% /'")
-    done = run_setup(tmp_path / "clone", str(bare_path))
+    done = run_setup(tmp_path / "clone", str(bare_path), purpose)
     assert done.returncode == 1
-    assert "100 MiB are free here; about 2500 are needed" in done.stderr
+    assert f"100 MiB are free here; about {mib} are needed" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert not (tmp_path / "clone" / ".venv").exists()
+    assert not (tmp_path / "clone" / venv).exists()
 
 
-def test_no_registry_is_one_clear_error(tmp_path, bare_path):
+@pytest.mark.parametrize(("purpose", "venv", "mib", "what"), PURPOSES)
+def test_no_registry_is_one_clear_error(tmp_path, bare_path, purpose, venv, mib, what):
     os.symlink(sys.executable, bare_path / f"python3.{sys.version_info.minor}")
     (bare_path / "df").unlink()
     fake(bare_path, "df", "echo header; echo 'disk 1 1 99999999 1% /'")
     nowhere = "http://127.0.0.1:9/simple"  # the discard port: refused at once
-    done = run_setup(
-        tmp_path / "clone", str(bare_path), PIP_INDEX_URL=nowhere, PIP_CONFIG_FILE=os.devnull, PIP_RETRIES="0"
-    )
+    pip = {"PIP_INDEX_URL": nowhere, "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "0"}
+    done = run_setup(tmp_path / "clone", str(bare_path), purpose, **pip)
     assert done.returncode == 1
-    assert "torch: no package registry could be reached" in done.stderr
+    assert f"{what}: no package registry could be reached" in done.stderr
     assert len(done.stderr.splitlines()) == 1
