@@ -11,6 +11,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -43,15 +44,16 @@ from megatron_pz.tasks.base import Task
 from megatron_pz.tasks.registry import make_task
 from megatron_pz.tasks.stragglers import Stragglers, num_begun
 from megatron_pz.train.deal import deal
-from megatron_pz.train.decode import embedded_engine
+from megatron_pz.train.engines import make_engine
 from megatron_pz.train.journal import RunJournal, SilentJournal, describe_run, hashes
 from megatron_pz.train.learn import Learner
 from megatron_pz.train.loop import run
-from megatron_pz.train.memory import OwnMemory
+from megatron_pz.train.memory import Memory, OwnMemory, SharedMemory
 from megatron_pz.train.model import build_model
 from megatron_pz.train.parallel import Parallel, init_parallel, shutdown
 from megatron_pz.train.parts import Parts
 from megatron_pz.train.play import Corpus, GamePlayer, Player, Rounds, TextPlayer
+from megatron_pz.train.record import NoRecord, Record, ServerRecord
 from megatron_pz.train.signals import StopSignals
 from megatron_pz.train.state import RunState
 from megatron_pz.train.step import Trainer
@@ -118,74 +120,83 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
                 f"--seed is {config.train.seed}, the run in {run_dir} was begun with {state.seed}, and its order of paragraphs "
                 f"and samples depends on it. Go on with --seed {state.seed}, or give --run-dir another folder."
             )
-    engine = embedded_engine(chunks, config.engine)
-    engine.load(chunks, state.policy_version)
-
     console = Console(config.train.train_iters, state.step, enabled=parallel.is_rank0)
-    writer = None
-    if parallel.is_rank0:
-        corpus_files = [Path(config.corpus.data_path), Path(config.corpus.held_out_path)]
-        facts = {
-            "model": config.model.hf_model,
-            "parameters": sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()),
-            "world_size": parallel.world_size,
-            "paragraphs": counts,
-            "attribution": _attribution(Path(config.corpus.data_path)),
-            "hashes": hashes([*corpus_files, *sorted(folder.glob("*.safetensors"))]),
-        }
-        describe_run(config, run_dir, facts)
-        writer = RunWriter(
-            run_dir,
-            state.step,
-            tensorboard=config.report.tensorboard,
-            wandb_project=config.report.wandb_project,
-            wandb_config=dataclasses.asdict(config),
+    has_record = config.engine.engine == "sglang" and parallel.is_rank0
+    record: Record = ServerRecord(run_dir, chunks, config.engine) if has_record else NoRecord()
+    engine = make_engine(config, chunks, parallel, folder, hf_config, console.message)
+    with closing(engine), closing(record):
+        engine.load(chunks, state.policy_version)
+        writer = None
+        if parallel.is_rank0:
+            corpus_files = [Path(config.corpus.data_path), Path(config.corpus.held_out_path)]
+            facts = {
+                "model": config.model.hf_model,
+                "parameters": sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()),
+                "world_size": parallel.world_size,
+                "paragraphs": counts,
+                "attribution": _attribution(Path(config.corpus.data_path)),
+                "hashes": hashes([*corpus_files, *sorted(folder.glob("*.safetensors"))]),
+            }
+            describe_run(config, run_dir, facts)
+            writer = RunWriter(
+                run_dir,
+                state.step,
+                tensorboard=config.report.tensorboard,
+                wandb_project=config.report.wandb_project,
+                wandb_config=dataclasses.asdict(config),
+            )
+            console.message(f"{len(paragraphs)} paragraphs ({_told(counts)}); run directory {run_dir}")
+            if state.step:
+                console.message(f"continuing after step {state.step}")
+        per_step = config.task.paragraphs_per_step
+        player: Player = (
+            GamePlayer(
+                task,
+                engine,
+                config.task,
+                Stragglers(task, config.engine, per_step, config.train.seed, record.taken, record.note_taken),
+                record.keep,
+            )
+            if isinstance(task, Task)
+            else TextPlayer(task, parallel.is_rank0, config.train.seed)
         )
-        console.message(f"{len(paragraphs)} paragraphs ({_told(counts)}); run directory {run_dir}")
-        if state.step:
-            console.message(f"continuing after step {state.step}")
-    per_step = config.task.paragraphs_per_step
-    player: Player = (
-        GamePlayer(task, engine, config.task, Stragglers(task, config.engine, per_step, config.train.seed))
-        if isinstance(task, Task)
-        else TextPlayer(task, parallel.is_rank0, config.train.seed)
-    )
 
-    def save(at: RunState, *, drops_old: bool = True) -> None:
-        path = store.save(at.step, chunks, trainer.optimizer, at.to_json(), drops_old=drops_old)
-        console.message(f"checkpoint {path}")
+        def save(at: RunState, *, drops_old: bool = True) -> None:
+            path = store.save(at.step, chunks, trainer.optimizer, at.to_json(), drops_old=drops_old)
+            console.message(f"checkpoint {path}")
+            record.prune(store.steps())
 
-    def rescue(at: RunState) -> None:
-        if at.step not in store.steps():
-            save(at, drops_old=False)
+        def rescue(at: RunState) -> None:
+            if at.step not in store.steps():
+                save(at, drops_old=False)
 
-    with StopSignals(parallel.control_group) as signals, console:
-        parts = Parts(
-            rounds=Rounds(
-                Corpus(paragraphs, Cursor(len(paragraphs), config.train.seed)),
-                player,
-                num_begun=lambda step: num_begun(config.engine, per_step, step),
-                ahead=config.engine.async_steps,
-                last=config.train.train_iters,
-                start=state,
-            ),
-            deal=lambda played, step: deal(played.samples if played else None, config, parallel, step),
-            learner=learner,
-            trainer=trainer,
-            engine=engine,
-            memory=OwnMemory(),
-            evaluate=_evaluator(config, sets, engine, writer),
-            journal=RunJournal(writer, console, config) if writer else SilentJournal(),
-            save=save,
-            rescue=rescue,
-            signals=signals,
-            timers=timers,
-        )
-        try:
-            state = run(parts, config, state)
-        finally:
-            if writer:
-                writer.close()
+        with StopSignals(parallel.control_group) as signals, console:
+            parts = Parts(
+                rounds=Rounds(
+                    Corpus(paragraphs, Cursor(len(paragraphs), config.train.seed)),
+                    player,
+                    num_begun=lambda step: num_begun(config.engine, per_step, step),
+                    ahead=config.engine.async_steps,
+                    last=config.train.train_iters,
+                    start=state,
+                ),
+                deal=lambda played, step: deal(played.samples if played else None, config, parallel, step),
+                learner=learner,
+                trainer=trainer,
+                engine=engine,
+                memory=_memory(config, engine, trainer, platform),
+                evaluate=_evaluator(config, sets, engine, writer),
+                journal=RunJournal(writer, console, config) if writer else SilentJournal(),
+                save=save,
+                rescue=rescue,
+                signals=signals,
+                timers=timers,
+            )
+            try:
+                state = run(parts, config, state)
+            finally:
+                if writer:
+                    writer.close()
     if config.checkpoint.export_hf and state.step >= config.train.train_iters:
         export_hf(
             chunks,
@@ -202,6 +213,12 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
         for line in summary_lines(read_rows(run_dir / METRICS_FILE)):
             console.message(line)
     return state
+
+
+def _memory(config: Config, engine: Engine, trainer: Trainer, platform: Platform) -> Memory:
+    if not config.sglang.colocate:
+        return OwnMemory()
+    return SharedMemory(engine.sleep, engine.wake, trainer.sleep, trainer.wake, platform)
 
 
 def _paragraphs(

@@ -1,0 +1,217 @@
+"""Talk with one server over HTTP: token ids out, token ids with log-probs back. Lives in one event loop.
+
+What would hurt a server is refused before it is sent: an id outside the vocabulary ends the whole SGLang process, and a
+request that is too long for the context is an error there too.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import aiohttp
+import numpy as np
+
+from megatron_pz.engine.sglang.faults import ServerBusy, ServerLost, ServerRefused
+from megatron_pz.errors import EngineError
+from megatron_pz.types import Completion, FinishReason, SamplingParams
+
+CONNECT_TIMEOUT_S = 10.0
+CONTROL_TIMEOUT_S = 120.0
+HEALTH_TIMEOUT_S = 20.0
+
+_FINISH_REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+
+
+class Client:
+    """Talks with the server at `url`.
+
+    Args:
+        api_key: "" where the server has none.
+        vocab_size: ids are below it.
+        context_length: most tokens of prompt and response together.
+        experts_shape: (layers, experts a token) where the experts that each token was routed to are asked for.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str,
+        *,
+        vocab_size: int,
+        context_length: int,
+        experts_shape: tuple[int, int] | None = None,
+    ) -> None:
+        self.url, self.vocab_size, self.context_length = url.rstrip("/"), vocab_size, context_length
+        self.experts_shape = experts_shape
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._session: aiohttp.ClientSession | None = None
+
+    async def generate(self, rid: str, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
+        """One sampled response.
+
+        Args:
+            rid: name under which `abort` knows the request.
+
+        Raises:
+            EngineError: the request is out of range and was not sent, or the reply is not what was asked for.
+            ServerLost, ServerBusy, ServerRefused: see there.
+        """
+        self.check(prompt_ids, params)
+        body: dict[str, Any] = {
+            "rid": rid,
+            "input_ids": list(prompt_ids),
+            "sampling_params": sampling_params(params),
+            "return_logprob": True,
+        }
+        if self.experts_shape:
+            body["return_routed_experts"] = True
+        reply = await self.post("/generate", body, timeout_s=None)
+        try:
+            return self._completion(tuple(prompt_ids), reply)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise EngineError(
+                f"{self.url}/generate answered what this client cannot read ({type(error).__name__}: {error}): "
+                f"{str(reply)[:500]}. Supported versions of SGLang are in engine/sglang/versions.py."
+            ) from error
+
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Pass if the server can answer.
+
+        Raises:
+            EngineError: with the number that is out of range.
+        """
+        if not prompt_ids:
+            raise EngineError("The prompt has no tokens; an SGLang server needs at least one.")
+        if min(prompt_ids) < 0 or max(prompt_ids) >= self.vocab_size:
+            place, token = next((at, t) for at, t in enumerate(prompt_ids) if not 0 <= t < self.vocab_size)
+            raise EngineError(
+                f"Token {place} of the prompt is {token}; ids of this model are 0 to {self.vocab_size - 1}, and another "
+                "would end the server. Does the tokenizer belong to the model?"
+            )
+        if params.max_new_tokens < 1:
+            raise EngineError(f"max_new_tokens is {params.max_new_tokens}; it must be at least 1.")
+        if len(prompt_ids) + params.max_new_tokens > self.context_length:
+            raise EngineError(
+                f"A prompt of {len(prompt_ids)} tokens and a response of up to {params.max_new_tokens} do not fit the servers' "
+                f"context of {self.context_length}. Lower --max-prompt-tokens or --max-response-tokens."
+            )
+
+    async def abort(self, rid: str) -> None:
+        """Have the server give up the request; one that it does not know is none."""
+        await self.post("/abort_request", {"rid": rid}, timeout_s=CONTROL_TIMEOUT_S)
+
+    async def is_up(self) -> bool:
+        """Whether the server's front answers; so does a paused one, and one whose scheduler hangs."""
+        try:
+            await self.get("/model_info", timeout_s=CONNECT_TIMEOUT_S)
+        except EngineError:
+            return False
+        return True
+
+    async def can_generate(self) -> bool:
+        """Whether it generates a token in time. A paused server does not."""
+        try:
+            await self.get("/health_generate", timeout_s=HEALTH_TIMEOUT_S)
+        except EngineError:
+            return False
+        return True
+
+    async def post(self, path: str, body: Mapping[str, Any], timeout_s: float | None = CONTROL_TIMEOUT_S) -> Any:
+        """Reply to a POST, as JSON or as text.
+
+        Raises:
+            ServerLost, ServerBusy, ServerRefused: see there.
+        """
+        return await self._ask("POST", path, body, timeout_s)
+
+    async def get(self, path: str, timeout_s: float | None = CONTROL_TIMEOUT_S) -> Any:
+        """Reply to a GET; otherwise as `post`."""
+        return await self._ask("GET", path, None, timeout_s)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None) -> Any:
+        if self._session is None:
+            connector = aiohttp.TCPConnector(limit=0)  # the pool bounds what is under way
+            self._session = aiohttp.ClientSession(connector=connector, headers=self._headers)
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
+        try:
+            async with self._session.request(method, self.url + path, json=body, timeout=timeout) as reply:
+                text = await reply.text()
+                status = reply.status
+        except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+            told = str(error) or type(error).__name__
+            raise ServerLost(f"The SGLang server at {self.url} did not answer {path}: {told}.") from error
+        if status == 503:
+            raise ServerBusy(f"{self.url}{path} answered HTTP 503: {text[:500]}")
+        if status != 200:
+            raise ServerRefused(self.url, path, status, text)
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+    def _completion(self, prompt_ids: tuple[int, ...], reply: Any) -> Completion:
+        meta = reply["meta_info"]
+        scored = meta.get("output_token_logprobs") or []
+        token_ids = tuple(reply["output_ids"])
+        logprobs = tuple(float(entry[0]) for entry in scored)
+        if [entry[1] for entry in scored] != list(token_ids):
+            raise ValueError(f"{len(token_ids)} tokens have log-probs of {len(scored)} others")
+        if token_ids and (min(token_ids) < 0 or max(token_ids) >= self.vocab_size):
+            raise ValueError(f"a sampled id is outside 0 to {self.vocab_size - 1}")
+        if not all(map(math.isfinite, logprobs)):
+            raise ValueError("a log-prob is not finite")
+        return Completion(
+            prompt_ids,
+            token_ids,
+            logprobs,
+            _FINISH_REASONS[meta["finish_reason"]["type"]],
+            _versions(meta, len(token_ids)),
+            _experts(meta.get("routed_experts"), self.experts_shape) if self.experts_shape else None,
+        )
+
+
+def sampling_params(params: SamplingParams) -> dict[str, Any]:
+    """As SGLang spells them. Its temperature 0 is greedy with log-probs of temperature 1, as ours.
+
+    >>> sampling_params(SamplingParams(max_new_tokens=8, temperature=0.5, stop_token_ids=(2,)))
+    {'max_new_tokens': 8, 'temperature': 0.5, 'top_p': 1.0, 'top_k': -1, 'stop_token_ids': [2]}
+    """
+    return {
+        "max_new_tokens": params.max_new_tokens,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k or -1,
+        "stop_token_ids": list(params.stop_token_ids),
+    }
+
+
+def _versions(meta: Mapping[str, Any], num_tokens: int) -> tuple[int, ...]:
+    """The policy version of each token; -1 for weights that the trainer has not handed over."""
+    spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": num_tokens}]
+    versions: list[int] = []
+    for span in spans:
+        version = str(span["version"])
+        number = int(version) if version.removeprefix("-").isdigit() else -1
+        versions += [number] * (min(int(span["end"]), num_tokens) - len(versions))
+    if len(versions) != num_tokens:
+        raise ValueError(f"{num_tokens} tokens have versions of {len(versions)}")
+    return tuple(versions)
+
+
+def _experts(coded: str | None, shape: tuple[int, int]) -> np.ndarray:
+    """int32 [prompt + response - 1, layers, experts a token]."""
+    if coded is None:
+        raise ValueError(
+            "routed experts were asked for and are not there; start servers with --enable-return-routed-experts"
+        )
+    return np.frombuffer(base64.b64decode(coded), dtype=np.int32).reshape(-1, *shape)

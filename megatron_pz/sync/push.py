@@ -1,0 +1,134 @@
+"""One version of the weights, handed over to servers: pause, send, check, go on.
+
+A server at which anything fails is left out from there on and reported; its engine restarts it, so none ever goes on with
+a part of one version and a part of another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from megatron_pz.engine.sglang.control import Control, PauseMode
+from megatron_pz.engine.sglang.io_thread import IoThread
+from megatron_pz.errors import EngineError
+
+
+class Receivers:
+    """The servers that have taken everything so far. Rank 0 has them; the other ranks have none.
+
+    Args:
+        controls: by index of the server.
+    """
+
+    def __init__(self, io: IoThread | None, controls: Mapping[int, Control]) -> None:
+        self._io, self.controls = io, dict(controls)
+        self.faults: dict[int, EngineError] = {}
+
+    def each(self, call: Callable[[Control], Awaitable[Any]]) -> dict[int, Any]:
+        """What `call` gives for each server; all at the same time. One that fails is left out from now on."""
+        if not self.controls:
+            return {}
+        assert self._io is not None
+        found = self._io.run(self._each(call))
+        for server, result in found.items():
+            if isinstance(result, EngineError):
+                self.faults[server] = result
+                del self.controls[server]
+            elif isinstance(result, BaseException):
+                raise result
+        return {server: result for server, result in found.items() if server in self.controls}
+
+    def drop(self, server: int, fault: EngineError) -> None:
+        """Leave `server` out."""
+        self.faults[server] = fault
+        del self.controls[server]
+
+    async def _each(self, call: Callable[[Control], Awaitable[Any]]) -> dict[int, Any]:
+        results = await asyncio.gather(*map(call, self.controls.values()), return_exceptions=True)
+        return dict(zip(self.controls, results, strict=True))
+
+
+class Transport(Protocol):
+    """How tensors get from the trainer's ranks to servers."""
+
+    def send(self, weights: Any, version: int, receivers: Receivers) -> Sent:
+        """All ranks. Servers are paused; their caches are flushed afterwards."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a transport did."""
+
+    num_bytes: int
+    largest_bucket_bytes: int
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """What a push did, on rank 0."""
+
+    version: int
+    seconds: float
+    num_bytes: int
+    largest_bucket_bytes: int
+    faults: Mapping[int, EngineError] = field(default_factory=dict)  # by server
+
+
+class WeightPush:
+    """`engine.sglang.engine.Push` by one transport.
+
+    Args:
+        transport: sends.
+        io, controls: of rank 0; None and empty elsewhere.
+        pause_mode: what happens to requests under way.
+        paused: told True when servers are about to pause and False when they go on.
+        verify: further checks of all servers that took the weights, after each push (sync/verify.py).
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        io: IoThread | None,
+        controls: Sequence[Control],
+        pause_mode: PauseMode,
+        paused: Callable[[bool], None] = lambda is_paused: None,
+        verify: Callable[[Receivers], None] = lambda receivers: None,
+    ) -> None:
+        self.transport, self._io, self._controls = transport, io, controls
+        self.pause_mode, self._paused, self._verify = pause_mode, paused, verify
+        self.last: PushReport | None = None
+
+    def __call__(self, weights: Any, version: int, servers: Sequence[int]) -> list[int]:
+        """Hand `weights` over; servers that did not take them. All ranks; `servers` is known on rank 0."""
+        began = time.monotonic()
+        receivers = Receivers(self._io, {server: self._controls[server] for server in servers})
+        keeps_caches = self.pause_mode == "in_place"
+        self._paused(True)
+        try:
+            receivers.each(lambda control: control.pause(self.pause_mode))
+            sent = self.transport.send(weights, version, receivers)
+            if not keeps_caches:
+                receivers.each(lambda control: control.flush_cache())
+            receivers.each(lambda control: control.set_weight_version(str(version)))
+            self._check_version(version, receivers)
+            receivers.each(lambda control: control.continue_generation())
+        finally:
+            self._paused(False)
+        if receivers.controls:
+            self._verify(receivers)
+        self.last = PushReport(
+            version, time.monotonic() - began, sent.num_bytes, sent.largest_bucket_bytes, dict(receivers.faults)
+        )
+        return sorted(receivers.faults)
+
+    def _check_version(self, version: int, receivers: Receivers) -> None:
+        for server, found in receivers.each(lambda control: control.weight_version()).items():
+            if found != str(version):
+                url = receivers.controls[server].url
+                fault = EngineError(f"{url} says that it has weights of version {found}; {version} were handed over.")
+                receivers.drop(server, fault)

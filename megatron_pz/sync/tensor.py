@@ -1,0 +1,47 @@
+"""Weights in the bodies of requests, bucket by bucket. Needs no disk and no group; for CPUs and small models."""
+
+from __future__ import annotations
+
+import base64
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from megatron_pz.sync.buckets import Bucket, buckets
+from megatron_pz.sync.push import Receivers, Sent
+
+
+class TensorTransport:
+    """Sends pickled CPU tensors, the same to every tensor-parallel rank of a server.
+
+    Args:
+        export: whole tensors by Hugging Face name; yields on rank 0 alone, though all ranks iterate.
+        bucket_bytes: tensors under way at one time; as a request they take two and a half times that in host memory.
+        server_ranks: tensor-parallel size of a server.
+    """
+
+    def __init__(
+        self, export: Callable[[Any], Iterator[tuple[str, Tensor]]], bucket_bytes: int, server_ranks: int = 1
+    ) -> None:
+        self._export, self._bucket_bytes, self._server_ranks = export, bucket_bytes, server_ranks
+
+    def send(self, weights: Any, version: int, receivers: Receivers) -> Sent:
+        """See `sync.push.Transport`."""
+        total = largest = 0
+        receivers.each(lambda control: control.begin_weight_update())
+        for bucket in buckets(self._export(weights), self._bucket_bytes):
+            size = sum(tensor.numel() * tensor.element_size() for _, tensor in bucket)
+            total, largest = total + size, max(largest, size)
+            if receivers.controls:
+                payloads = [packed(bucket)] * self._server_ranks
+                receivers.each(lambda control, payloads=payloads: control.update_weights_from_tensor(payloads))  # type: ignore[misc]
+        receivers.each(lambda control: control.end_weight_update())
+        return Sent(total, largest)
+
+
+def packed(bucket: Bucket) -> str:
+    """`bucket` as SGLang reads it: base64 of a pickle of (name, CPU tensor) pairs, each with just its own numbers."""
+    own = [(name, tensor.detach().cpu().contiguous().clone()) for name, tensor in bucket]
+    return base64.b64encode(pickle.dumps(own, protocol=pickle.HIGHEST_PROTOCOL)).decode("ascii")

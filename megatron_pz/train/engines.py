@@ -1,0 +1,154 @@
+"""The engine that the settings ask for, ready to be given weights."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_pz.checkpoint.hf_export import export_hf
+from megatron_pz.config.schema import Config
+from megatron_pz.engine.base import Engine
+from megatron_pz.engine.embedded.ranks import ProcessRanks
+from megatron_pz.engine.sglang.client import Client
+from megatron_pz.engine.sglang.control import Control
+from megatron_pz.engine.sglang.engine import SGLangEngine
+from megatron_pz.engine.sglang.fleet import Fleet
+from megatron_pz.engine.sglang.io_thread import IoThread
+from megatron_pz.engine.sglang.pool import Pool
+from megatron_pz.engine.sglang.specs import make_fleet
+from megatron_pz.platform.base import torch_dtype
+from megatron_pz.sync.disk import DiskTransport
+from megatron_pz.sync.export import iterate_hf_tensors
+from megatron_pz.sync.push import Transport, WeightPush
+from megatron_pz.sync.tensor import TensorTransport
+from megatron_pz.train.decode import embedded_engine
+from megatron_pz.train.parallel import Parallel
+
+Tell = Callable[[str], None]
+MIB = 1024**2
+
+
+def make_engine(
+    config: Config,
+    chunks: Sequence[torch.nn.Module],
+    parallel: Parallel,
+    folder: Path,
+    hf_config: Mapping[str, Any],
+    tell: Tell,
+) -> Engine:
+    """The engine of `config`; its first `load` comes next. All ranks.
+
+    Args:
+        folder: Hugging Face folder of the policy.
+        tell: shows a line to the user.
+
+    Raises:
+        EngineError: servers cannot be started or reached, or the layout cannot sample.
+    """
+    if config.engine.engine == "embedded":
+        return embedded_engine(chunks, config.engine)
+    ranks = ProcessRanks([parallel.rank])
+    if not parallel.is_rank0:
+        return SGLangEngine(ranks, _push(config, parallel, folder, None, []))
+    run_dir = Path(config.checkpoint.run_dir)
+    wanted = config.task.max_prompt_tokens + config.engine.max_response_tokens
+    context_length = min(wanted, int(hf_config["max_position_embeddings"]))
+    fleet, key = make_fleet(config, folder, run_dir, context_length=context_length)
+    io = IoThread()
+    try:
+        io.run(fleet.wait_ready(config.sglang.server_start_timeout_s, Progress(tell)))
+        tell(f"SGLang serves at {', '.join(fleet.urls)}")
+        client = functools.partial(
+            Client,
+            api_key=key,
+            vocab_size=int(hf_config["vocab_size"]),
+            context_length=context_length,
+            experts_shape=_experts_shape(config, hf_config),
+        )
+        router = client(config.sglang.router_url) if config.sglang.router_url else None
+        clients = [client(url) for url in fleet.urls]
+        pool = Pool(clients, config.engine.max_running_requests, config.sglang.request_timeout_s, router)
+        controls = [Control(one) for one in clients]
+        push = _push(config, parallel, folder, io, controls, pool)
+    except BaseException:
+        fleet.stop()
+        io.close()
+        raise
+    return SGLangEngine(
+        ranks,
+        push,
+        io,
+        pool,
+        functools.partial(_restart, fleet, config.sglang.server_start_timeout_s, tell),
+        fleet.stop,
+        (lambda: _each(controls, Control.release_memory), lambda: _each(controls, Control.resume_memory))
+        if config.sglang.colocate
+        else None,
+    )
+
+
+def _push(
+    config: Config,
+    parallel: Parallel,
+    folder: Path,
+    io: IoThread | None,
+    controls: Sequence[Control],
+    pool: Pool | None = None,
+) -> WeightPush:
+    def paused(is_paused: bool) -> None:
+        if pool is not None:
+            pool.is_paused = is_paused
+
+    return WeightPush(_transport(config, parallel, folder), io, controls, config.sglang.pause_mode, paused)
+
+
+def _transport(config: Config, parallel: Parallel, folder: Path) -> Transport:
+    if config.sglang.weight_transport == "disk":
+        write = functools.partial(
+            export_hf,
+            hf_dir=folder,
+            dtype=torch_dtype(config.model.params_dtype),
+            group=parallel.control_group,
+            is_rank0=parallel.is_rank0,
+        )
+        return DiskTransport(
+            lambda weights, to: write(weights, out_dir=to),
+            Path(config.checkpoint.run_dir) / "weights",
+            parallel.is_rank0,
+            flushes=config.sglang.pause_mode != "in_place",
+        )
+    export = functools.partial(iterate_hf_tensors, group=parallel.control_group)
+    return TensorTransport(export, config.sglang.weight_bucket_mib * MIB, max(1, config.sglang.gpus_per_server))
+
+
+def _experts_shape(config: Config, hf_config: Mapping[str, Any]) -> tuple[int, int] | None:
+    if not config.train.routing_replay:
+        return None
+    return int(hf_config["num_hidden_layers"]), int(hf_config["num_experts_per_tok"])
+
+
+async def _restart(fleet: Fleet, timeout_s: float, tell: Tell, server: int) -> None:
+    tell(f"SGLang server {server} at {fleet.urls[server]} was lost; it is started again")
+    await fleet.restart(server, timeout_s, Progress(tell))
+    tell(f"SGLang server {server} is back at {fleet.urls[server]}")
+
+
+async def _each(controls: Sequence[Control], call: Callable[[Control], Any]) -> None:
+    await asyncio.gather(*map(call, controls))
+
+
+class Progress:
+    """Tells how a start is coming along, at most every ten seconds."""
+
+    def __init__(self, tell: Tell) -> None:
+        self._tell, self._next = tell, 10.0
+
+    def __call__(self, waited_s: float, line: str) -> None:
+        if waited_s >= self._next:
+            self._next = waited_s + 10
+            self._tell(f"SGLang starts, {waited_s:.0f} s: {line[:160]}")
