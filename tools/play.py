@@ -27,8 +27,7 @@ from megatron_pz.config.load import load_config, to_toml
 from megatron_pz.config.rules import validate
 from megatron_pz.config.schema import Config
 from megatron_pz.corpus.cursor import Cursor
-from megatron_pz.corpus.paragraphs import select
-from megatron_pz.corpus.reader import read_paragraphs
+from megatron_pz.corpus.playable import read_playable
 from megatron_pz.corpus.tokenizer import check_vocab, load_tokenizer
 from megatron_pz.engine.sglang.client import Client
 from megatron_pz.engine.sglang.fleet import AttachedFleet
@@ -73,15 +72,7 @@ async def _attached(config: Config) -> None:
     task = make_task(config.task, config.engine, tokenizer, templates)
     if not isinstance(task, Task):
         raise ConfigError(f"--task is {config.task.task}, in which nothing is generated: there is nothing to play.")
-    found, _ = read_paragraphs(config.corpus.data_path, skip_bad_lines=config.corpus.skip_bad_lines)
-    paragraphs, _ = select(
-        found,
-        tokenizer,
-        config.corpus.min_paragraph_tokens,
-        config.corpus.max_paragraph_tokens,
-        prompt_ids=task.prompt_ids,
-        max_prompt_tokens=config.task.max_prompt_tokens,
-    )
+    paragraphs, _ = read_playable(config.corpus.data_path, config, tokenizer, task.prompt_ids)
     key = read_key(config.sglang.api_key_file)
     fleet = AttachedFleet(server_urls(config), key)
     vocab_size, length = int(hf_config["vocab_size"]), context_length(config, hf_config)
@@ -145,7 +136,7 @@ async def play(
             count = num_begun(config.engine, per_step, step)
             texts = [paragraphs[index] for index in cursor.take(position, count)]
             kept = journal.keep(generate, step, weights=weights)
-            journal.note_begun(step, seed, texts, weights)
+            journal.note_begun(step, seed, texts)
             played = await rounds.play(step, texts, kept)
             groups = task.groups(played.rollouts, step)
             drawn = {"epoch": position / len(paragraphs), "num_paragraphs": float(count)}

@@ -191,17 +191,18 @@ class CompletionJournal:
     ) -> Journalled:
         """`generate` with the record of the round of `step` in front of it; see `Journalled`."""
         self.flush()  # the round may have been begun before, in this process
-        return Journalled(generate, self.path(step), self._writer, step=step, weights=weights, versions=versions)
+        kept = Journalled(generate, self.path(step), self._writer, step=step, weights=weights, versions=versions)
+        self._writer.put(self.path(step), {"weights": weights})  # whoever tells the round again must know
+        return kept
 
-    def note_begun(self, step: int, seed: int, paragraphs: Sequence[Paragraph], weights: str = "") -> None:
+    def note_begun(self, step: int, seed: int, paragraphs: Sequence[Paragraph]) -> None:
         """Put on record what the round of `step` plays, so that it can be told again without the corpus.
 
         Args:
             seed: of the run.
-            weights: as given to `keep`.
         """
         begun = [[p.id, p.text, p.title, p.source] for p in paragraphs]
-        self._writer.put(self.path(step), {"begun": begun, "seed": seed, "weights": weights})
+        self._writer.put(self.path(step), {"begun": begun, "seed": seed})
 
     def note_taken(self, step: int, taken: Sequence[Place], weights: str = "") -> None:
         """Put on record which paragraphs the round of `step` ended with, where it did not wait for all."""

@@ -1,9 +1,9 @@
-"""A finished round, told again from its records: no server, no model, no corpus."""
+"""A finished round, told again from its records: no server, no model."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from megatron_pz.errors import CheckpointError
 from megatron_pz.tasks.base import Task
 from megatron_pz.tasks.together import together
 from megatron_pz.types import Completion, Paragraph, Rollout, SamplingParams
+
+Begun = Callable[[int], tuple[int, Sequence[Paragraph]]]
+"""The run's seed, and the paragraphs that the round of a step began."""
 
 
 @dataclass(frozen=True)
@@ -29,30 +32,36 @@ class Records:
     answers: Mapping[str, Completion]
 
     @staticmethod
-    def read(journal: CompletionJournal, step: int) -> Records:
+    def read(journal: CompletionJournal, step: int, begun: Begun) -> Records:
         """The records of the round of `step`.
+
+        Args:
+            begun: see `saved_rollouts`.
 
         Raises:
             CheckpointError: there are none.
         """
         path = journal.path(step)
         rows: list[dict[str, Any]] = [*read_lines(path)]
-        begun = next((row for row in reversed(rows) if "begun" in row), None)
-        if begun is None:
+        kept = [row["weights"] for row in rows if row.keys() == {"weights"}]
+        if not kept:
             there = sorted(file.name for file in path.parent.glob("step_*.jsonl"))
             raise CheckpointError(
                 f"{path} holds no round. {'It has ' + ', '.join(there) if there else 'There is none'} beside it: rounds are "
                 "kept from the oldest checkpoint on."
             )
-        paragraphs = tuple(Paragraph(*fields) for fields in begun["begun"])
-        noted = [row["taken"] for row in rows if "taken" in row and row["weights"] == begun["weights"]]
-        taken = noted[-1] if noted else [(step, index) for index in range(len(paragraphs))]
+        noted = next((row for row in reversed(rows) if "begun" in row), None)
+        seed, paragraphs = (
+            begun(step) if noted is None else (noted["seed"], [Paragraph(*fields) for fields in noted["begun"]])
+        )
+        ended = [row["taken"] for row in rows if "taken" in row]
+        taken = ended[-1] if ended else [(step, index) for index in range(len(paragraphs))]
         return Records(
             path,
             step,
-            int(begun["seed"]),
-            str(begun["weights"]),
-            paragraphs,
+            int(seed),
+            str(kept[-1]),
+            tuple(paragraphs),
             tuple((int(at), int(index)) for at, index in taken),
             {recorded.key: recorded.completion for recorded in completions(rows)},
         )
@@ -72,23 +81,24 @@ class Records:
         return found
 
 
-def saved_rollouts(journal: CompletionJournal, step: int, task: Task) -> list[Rollout]:
+def saved_rollouts(journal: CompletionJournal, step: int, task: Task, begun: Begun) -> list[Rollout]:
     """What the round of `step` came to.
 
     Args:
         task: with the settings of the run.
+        begun: asked for what the round of a step began, where its records do not say so.
 
     Raises:
         CheckpointError: its records are missing, or not complete.
     """
-    of_round = Records.read(journal, step)
-    steps = {begun for begun, _ in of_round.taken}
-    records = {begun: of_round if begun == step else Records.read(journal, begun) for begun in steps}
+    of_round = Records.read(journal, step, begun)
+    steps = {at for at, _ in of_round.taken}
+    records = {at: of_round if at == step else Records.read(journal, at, begun) for at in steps}
 
     async def tell() -> list[list[Rollout]]:
         return await together(
-            task.play_paragraph(records[begun].paragraphs[index], index, records[begun], (records[begun].seed, begun))
-            for begun, index in of_round.taken
+            task.play_paragraph(records[at].paragraphs[index], index, records[at], (records[at].seed, at))
+            for at, index in of_round.taken
         )
 
     return [rollout for of_paragraph in asyncio.run(tell()) for rollout in of_paragraph]

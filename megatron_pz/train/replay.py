@@ -14,6 +14,8 @@ from megatron_pz.checkpoint.journal import JOURNAL_FOLDER, CompletionJournal
 from megatron_pz.checkpoint.saved_rounds import saved_rollouts
 from megatron_pz.checkpoint.store import CheckpointStore
 from megatron_pz.config.schema import Config
+from megatron_pz.corpus.cursor import Cursor
+from megatron_pz.corpus.playable import read_playable
 from megatron_pz.corpus.tokenizer import check_vocab, load_tokenizer
 from megatron_pz.errors import CheckpointError, ConfigError
 from megatron_pz.game.prompts import Templates
@@ -22,12 +24,13 @@ from megatron_pz.platform.base import Platform, torch_dtype
 from megatron_pz.platform.select import select_platform
 from megatron_pz.tasks.base import Task
 from megatron_pz.tasks.registry import make_task
+from megatron_pz.tasks.stragglers import num_begun
 from megatron_pz.train.deal import deal
 from megatron_pz.train.learn import Learner
 from megatron_pz.train.model import build_model
 from megatron_pz.train.parallel import Parallel, init_parallel, shutdown
 from megatron_pz.train.step import Trainer
-from megatron_pz.types import Sample
+from megatron_pz.types import Paragraph, Sample, Tokenizer
 
 
 def train_on_saved(
@@ -83,7 +86,8 @@ def _train(
         raise ConfigError(f"--task is {config.task.task}, which generates nothing that could be saved.")
     journal = CompletionJournal(run_dir / JOURNAL_FOLDER)
     # Read before a model is built: a missing round is told at once.
-    rounds = [_samples(journal, step, task, config) if parallel.is_rank0 else (None, {}) for step in steps]
+    corpus = _Corpus(config, tokenizer, task)
+    rounds = [_samples(journal, step, task, corpus) if parallel.is_rank0 else (None, {}) for step in steps]
 
     chunks = build_model(hf_config, config, platform, parallel)
     if checkpoint is None and config.model.init == "pretrained":
@@ -107,13 +111,32 @@ def _train(
         export_hf(chunks, folder, export, dtype=dtype, group=parallel.control_group, is_rank0=parallel.is_rank0)
 
 
+class _Corpus:
+    """What each round of a run began, from its corpus: read when it is asked for first."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, task: Task) -> None:
+        self.config, self.tokenizer, self.task = config, tokenizer, task
+        self._paragraphs: list[Paragraph] = []
+
+    def begun(self, step: int) -> tuple[int, list[Paragraph]]:
+        """Seed and paragraphs of the round of `step`."""
+        config = self.config
+        if not self._paragraphs:
+            path = config.corpus.data_path
+            self._paragraphs, _ = read_playable(path, config, self.tokenizer, self.task.prompt_ids)
+        per_step, seed = config.task.paragraphs_per_step, config.train.seed
+        position = sum(num_begun(config.engine, per_step, before) for before in range(1, step))
+        places = Cursor(len(self._paragraphs), seed).take(position, num_begun(config.engine, per_step, step))
+        return seed, [self._paragraphs[place] for place in places]
+
+
 def _samples(
-    journal: CompletionJournal, step: int, task: Task, config: Config
+    journal: CompletionJournal, step: int, task: Task, corpus: _Corpus
 ) -> tuple[list[Sample] | None, dict[str, float]]:
     """What the round of `step` teaches, and its health."""
-    groups = task.groups(saved_rollouts(journal, step, task), step)
+    groups = task.groups(saved_rollouts(journal, step, task, corpus.begun), step)
     weights = {
-        "generator_weight": config.task.generator_weight,
-        "predictor_weight": config.task.predictor_weight,
+        "generator_weight": corpus.config.task.generator_weight,
+        "predictor_weight": corpus.config.task.predictor_weight,
     }
     return to_samples(groups, **weights), task.health(groups)
