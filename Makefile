@@ -1,4 +1,5 @@
 # make demo          PretrainZero on real text with a small real policy; STEPS=200 goes on to step 200
+#                    ENGINE=sglang has a real SGLang server generate, in runs/demo_sglang
 # make demo-smollm2  the same with SmolLM2-135M-Instruct
 # make test          lint, types, layers, tests        make test-slow  the long ones
 # make clean         removes .venv, .venv-sglang and caches, keeps runs/
@@ -14,14 +15,16 @@ STEPS ?=
 WORKERS ?= 2
 PY := .venv/bin/python
 OVERRIDES := $(if $(STEPS),--train-iters $(STEPS))
+ENGINE ?= embedded
+SGLANG := $(filter sglang,$(ENGINE))
 
 .PHONY: demo demo-smollm2 demo-corpus smollm2 test test-slow lint server bench-env clean help
 
 help:
-	@sed -n 's/^# //p' Makefile | head -n 5
+	@sed -n 's/^# //p' Makefile | head -n 6
 
-demo: demo-corpus
-	@$(PY) -m megatron_pz examples/demo.toml $(OVERRIDES)
+demo: demo-corpus $(if $(SGLANG),server)
+	@$(PY) -m megatron_pz examples/demo.toml --engine $(ENGINE) $(if $(SGLANG),--run-dir runs/demo_sglang) $(OVERRIDES)
 
 demo-smollm2: demo-corpus smollm2
 	@$(PY) -m megatron_pz examples/demo_smollm2.toml $(OVERRIDES)

@@ -88,6 +88,7 @@ class WeightPush:
         pause_mode: what happens to requests under way.
         paused: told True when servers are about to pause and False when they go on.
         verify: further checks of all servers that took the weights, after each push (sync/verify.py).
+        tell: takes a line about each server that did not take them.
     """
 
     def __init__(
@@ -98,8 +99,9 @@ class WeightPush:
         pause_mode: PauseMode,
         paused: Callable[[bool], None] = lambda is_paused: None,
         verify: Callable[[Receivers], None] = lambda receivers: None,
+        tell: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.transport, self._io, self._controls = transport, io, controls
+        self.transport, self._io, self._controls, self._tell = transport, io, controls, tell
         self.pause_mode, self._paused, self._verify = pause_mode, paused, verify
         self.last: PushReport | None = None
 
@@ -124,6 +126,8 @@ class WeightPush:
         self.last = PushReport(
             version, time.monotonic() - began, sent.num_bytes, sent.largest_bucket_bytes, dict(receivers.faults)
         )
+        for server, fault in receivers.faults.items():
+            self._tell(f"SGLang server {server} did not take weights of version {version}: {fault}")
         return sorted(receivers.faults)
 
     def _check_version(self, version: int, receivers: Receivers) -> None:

@@ -54,7 +54,7 @@ def make_engine(
         return embedded_engine(chunks, config.engine)
     ranks = ProcessRanks([parallel.rank])
     if not parallel.is_rank0:
-        return SGLangEngine(ranks, _push(config, parallel, folder, None, []))
+        return SGLangEngine(ranks, _push(config, parallel, folder, tell, None, []))
     run_dir = Path(config.checkpoint.run_dir)
     wanted = config.task.max_prompt_tokens + config.engine.max_response_tokens
     context_length = min(wanted, int(hf_config["max_position_embeddings"]))
@@ -74,7 +74,7 @@ def make_engine(
         clients = [client(url) for url in fleet.urls]
         pool = Pool(clients, config.engine.max_running_requests, config.sglang.request_timeout_s, router)
         controls = [Control(one) for one in clients]
-        push = _push(config, parallel, folder, io, controls, pool)
+        push = _push(config, parallel, folder, tell, io, controls, pool)
     except BaseException:
         fleet.stop()
         io.close()
@@ -96,6 +96,7 @@ def _push(
     config: Config,
     parallel: Parallel,
     folder: Path,
+    tell: Tell,
     io: IoThread | None,
     controls: Sequence[Control],
     pool: Pool | None = None,
@@ -104,7 +105,7 @@ def _push(
         if pool is not None:
             pool.is_paused = is_paused
 
-    return WeightPush(_transport(config, parallel, folder), io, controls, config.sglang.pause_mode, paused)
+    return WeightPush(_transport(config, parallel, folder), io, controls, config.sglang.pause_mode, paused, tell=tell)
 
 
 def _transport(config: Config, parallel: Parallel, folder: Path) -> Transport:

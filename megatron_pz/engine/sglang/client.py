@@ -21,6 +21,8 @@ from megatron_pz.types import Completion, FinishReason, SamplingParams
 
 CONNECT_TIMEOUT_S = 10.0
 CONTROL_TIMEOUT_S = 120.0
+KEEPALIVE_S = 2.0
+"""SGLang closes a connection that was idle for 5 s, and a request that is sent just then is lost."""
 HEALTH_TIMEOUT_S = 20.0
 
 _FINISH_REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
@@ -140,7 +142,8 @@ class Client:
 
     async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None) -> Any:
         if self._session is None:
-            connector = aiohttp.TCPConnector(limit=0)  # the pool bounds what is under way
+            # The pool bounds what is under way.
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
             self._session = aiohttp.ClientSession(connector=connector, headers=self._headers)
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         try:
