@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_pz.engine.sglang.client import Client
+from megatron_pz.engine.sglang.control import Control
 from megatron_pz.engine.sglang.fleet import AttachedFleet
 from megatron_pz.engine.sglang.server import ServerProcess, ServerSpec
 from megatron_pz.errors import EngineError
@@ -23,6 +25,8 @@ ROOT = Path(__file__).parents[2]
 TRAINER = """
 import asyncio, sys, time
 from pathlib import Path
+from megatron_pz.engine.sglang.client import Client
+from megatron_pz.engine.sglang.control import Control
 from megatron_pz.engine.sglang.fleet import LaunchedFleet
 from megatron_pz.engine.sglang.server import ServerSpec
 model, python, folder = sys.argv[1:]
@@ -57,6 +61,12 @@ def are_gone(pids: set[int], timeout_s: float) -> bool:
             return False
         time.sleep(0.1)
     return True
+
+
+def digests(reply) -> dict[str, str]:
+    """Digest of each tensor, from a reply of /weights_checker."""
+    (rank,) = reply["ranks"]
+    return rank["checksums"]
 
 
 def test_a_server_answers_in_ids_under_its_key_only(server):
@@ -109,8 +119,19 @@ def test_a_killed_server_comes_back_and_none_outlives_a_killed_trainer(server_py
     assert are_gone(second, 30)
 
 
-def test_serve_starts_the_servers_of_a_run_and_leaves_none_behind(server_python, dense_model, tmp_path):
+def test_serve_starts_the_servers_of_a_run_and_leaves_none_behind(server, server_python, dense_model, tmp_path):
+    async def checksums(url, key):
+        client = Client(url, key, vocab_size=server.vocab_size, context_length=server.context_length)
+        before = await (control := Control(client)).checksums()
+        assert (await control.server_info())["context_length"] == 128
+        await control.update_weights_from_disk(str(dense_model), "7", flush_cache=True)
+        after = await control.checksums()
+        assert await control.weight_version() == "7"
+        await client.close()
+        return digests(before), digests(after)
+
     flags = {
+        "init": "random",
         "run-dir": tmp_path / "run",
         "hf-model": dense_model,
         "server-python": server_python,
@@ -131,11 +152,9 @@ def test_serve_starts_the_servers_of_a_run_and_leaves_none_behind(server_python,
         found = re.fullmatch(r"ready: --server-urls (http://127.0.0.1:\d+) --api-key-file (\S+)\n", line)
         assert found, line + serve.stderr.read()
         url, key_file = found.groups()
-        request = urllib.request.Request(
-            f"{url}/server_info", headers={"Authorization": f"Bearer {Path(key_file).read_text()}"}
-        )
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            assert b'"context_length":128' in reply.read()
+        random, read = asyncio.run(checksums(url, Path(key_file).read_text()))
+        # The server began with weights of its own, and reads files all the same when it is told to.
+        assert random != read == digests(server.call("/weights_checker", {"action": "checksum"}))
         below = tree(serve.pid)
         assert len(below) >= 6
         serve.send_signal(signal.SIGTERM)

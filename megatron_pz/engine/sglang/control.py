@@ -60,6 +60,7 @@ class Control:
         body = {
             "model_path": folder,
             "weight_version": version,
+            "load_format": "auto",  # else the one it was started with, and `dummy` would draw random weights
             "flush_cache": flush_cache,
             "abort_all_requests": False,
         }
