@@ -195,7 +195,7 @@ if starts <= behaviour.get("port_taken", 0):
     print("ERROR: [Errno 98] error while attempting to bind: address already in use", flush=True)
     time.sleep(600)
 if behaviour.get("silent"):
-    print("loading the model", flush=True)
+    print("loading the model with", pathlib.Path(given["--config"]).read_text(), flush=True)
     time.sleep(600)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -270,7 +270,9 @@ def test_a_server_that_is_not_ready_in_time_is_stopped_and_its_last_words_are_sh
     lines, progress = told()
     with pytest.raises(EngineError, match="not ready after .*--server-start-timeout-s(.|\n)*loading the model"):
         asyncio.run(fleet.wait_ready(1.5, progress))
-    assert lines == ["server 0: loading the model"]
+    assert lines == ['server 0: loading the model with {"api-key": "***"}']
+    log = tmp_path / "logs" / "server-0.log"
+    assert "secret" in log.read_text() and stat.S_IMODE(log.stat().st_mode) == 0o600
     assert not fleet.is_alive(0)
 
 

@@ -41,7 +41,7 @@ class ProcessTree:
             EngineError: it cannot be started.
         """
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_path.open("ab") as log:
+        with open(self.log_path, "ab", opener=_for_owner) as log:
             self._log_start = log.tell()
             self._supervisor = subprocess.Popen(
                 [sys.executable, "-I", "-S", supervisor.__file__, str(os.getpid()), str(GRACE_S), *self.command],
@@ -100,6 +100,11 @@ class ProcessTree:
         except FileNotFoundError:
             return ""
         return "\n".join([line for line in text.splitlines() if line.strip() and not _is_noise(line)][-lines:])
+
+
+def _for_owner(path: str, flags: int) -> int:
+    """Opens a file that only its owner reads: a server writes its key into its log."""
+    return os.open(path, flags, 0o600)
 
 
 def _is_noise(line: str) -> bool:

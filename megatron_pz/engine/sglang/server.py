@@ -184,7 +184,7 @@ class ServerProcess:
         async with aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
             while not await self._answers(session):
                 waited = time.monotonic() - began
-                if "address already in use" in self._tree.tail().lower():  # it does not end by itself then
+                if "address already in use" in self.tail().lower():  # it does not end by itself then
                     await asyncio.to_thread(self.stop, at_once=True)
                     raise PortTaken(
                         f"Another program listens on {self.spec.host}:{self.spec.port}, so that the SGLang server could not. "
@@ -193,7 +193,7 @@ class ServerProcess:
                 if not self.is_alive():
                     raise EngineError(f"{self.death()} It had been starting for {waited:.0f} s.")
                 if waited > timeout_s:
-                    last = self._tree.tail()
+                    last = self.tail()
                     await asyncio.to_thread(self.stop, at_once=True)
                     raise EngineError(
                         f"The SGLang server at {self.url} was not ready after {waited:.0f} s and was stopped. "
@@ -201,7 +201,7 @@ class ServerProcess:
                     )
                 if time.monotonic() - told >= 1:
                     told = time.monotonic()
-                    progress(waited, self._tree.tail(1))
+                    progress(waited, self.tail(1))
                 await asyncio.sleep(PROBE_INTERVAL_S)
 
     async def _answers(self, session: aiohttp.ClientSession) -> bool:
@@ -222,12 +222,12 @@ class ServerProcess:
         """How it ended, with the log's last lines; for messages."""
         return (
             f"The SGLang server at {self.url} has ended ({self._tree.ending()}). "
-            f"Its last words, in {self.spec.log_path}:\n{self._tree.tail()}\n"
+            f"Its last words, in {self.spec.log_path}:\n{self.tail()}\n"
         )
 
     def tail(self, lines: int = 20) -> str:
-        """The log's last lines."""
-        return self._tree.tail(lines)
+        """The log's last lines, without the key."""
+        return self._tree.tail(lines).replace(self.spec.api_key or "\0", "***")
 
     def stop(self, *, at_once: bool = False) -> None:
         """End it; returns when no process of it is left. `at_once`: for one that is lost anyway."""
