@@ -1,4 +1,4 @@
-"""Any layout's weights as whole Hugging Face tensors, one parameter at a time, on rank 0."""
+"""Any layout's weights as whole Hugging Face tensors, one parameter at a time, on one rank."""
 
 from __future__ import annotations
 
@@ -15,31 +15,35 @@ from megatron_pz.models.names import Experts
 from megatron_pz.models.shards import Shard, shards_of
 
 
-def iterate_hf_tensors(chunks: Sequence[torch.nn.Module], group: Any = None) -> Iterator[tuple[str, Tensor]]:
-    """(HF name, whole tensor) of every weight, on rank 0; nothing on the other ranks, which must iterate too.
+def iterate_hf_tensors(
+    chunks: Sequence[torch.nn.Module], group: Any = None, to_rank: int = 0
+) -> Iterator[tuple[str, Tensor]]:
+    """(HF name, whole tensor) of every weight that `group` holds, on one rank; nothing on its other ranks, which must
+    iterate too.
 
     Never more than one parameter is whole at a time. Tensors are detached and on the CPU where there are several ranks.
 
     Args:
         chunks: this rank's model chunks, wrapped or not.
-        group: gloo group of all ranks; needed with more than one.
+        group: gloo group of all ranks, or of a pipeline stage; needed with more than one rank.
+        to_rank: the rank of the world that gets the tensors, one of `group`.
 
     Raises:
         ModelError: the ranks together lack a piece of a tensor.
     """
     shards = {shard.hf_names: shard for shard in shards_of(chunks) if shard.entry.is_exported}
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         for shard in shards.values():
             yield from _whole(shard, [shard.parameter.detach()])
         return
-    is_rank0 = dist.get_rank() == 0
-    held: list[Any] = [None] * dist.get_world_size()
+    gets_them = dist.get_rank() == to_rank
+    held: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(held, list(shards), group=group)
     for names in dict.fromkeys(names for rank_names in held for names in rank_names):
         own = shards.get(names)
         sent = (_recipe(own), own.rank, own.parameter.detach().cpu()) if own and _is_first_replica(own) else None
-        pieces: list[Any] | None = [None] * len(held) if is_rank0 else None
-        dist.gather_object(sent, pieces, dst=0, group=group)
+        pieces: list[Any] | None = [None] * len(held) if gets_them else None
+        dist.gather_object(sent, pieces, dst=to_rank, group=group)
         if pieces is None:
             continue
         found = {rank: (recipe, piece) for recipe, rank, piece in filter(None, pieces)}

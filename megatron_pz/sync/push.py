@@ -33,11 +33,13 @@ class Receivers:
         if not self.controls:
             return {}
         assert self._io is not None
-        found = self._io.run(self._each(call))
+        return self.settle(self._io.run(self.gathered(call)))
+
+    def settle(self, found: Mapping[int, Any]) -> dict[int, Any]:
+        """What `gathered` found for the servers that did not fail; the others are left out from now on."""
         for server, result in found.items():
             if isinstance(result, EngineError):
-                self.faults[server] = result
-                del self.controls[server]
+                self.drop(server, result)
             elif isinstance(result, BaseException):
                 raise result
         return {server: result for server, result in found.items() if server in self.controls}
@@ -47,8 +49,14 @@ class Receivers:
         self.faults[server] = fault
         del self.controls[server]
 
-    async def _each(self, call: Callable[[Control], Awaitable[Any]]) -> dict[int, Any]:
-        results = await asyncio.gather(*map(call, self.controls.values()), return_exceptions=True)
+    async def gathered(self, call: Callable[[Control], Awaitable[Any]]) -> dict[int, Any]:
+        """For each server what `call` gives, or its error. To be run in the background thread."""
+        return await self.gathered_by_server(lambda _, control: call(control))
+
+    async def gathered_by_server(self, call: Callable[[int, Control], Awaitable[Any]]) -> dict[int, Any]:
+        """`gathered`, where the call depends on the server's index."""
+        asked = [call(server, control) for server, control in self.controls.items()]
+        results = await asyncio.gather(*asked, return_exceptions=True)
         return dict(zip(self.controls, results, strict=True))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from megatron_pz.engine.sglang.io_thread import IoThread
 from megatron_pz.engine.sglang.pool import Pool
 from megatron_pz.engine.sglang.specs import make_fleet
 from megatron_pz.platform.base import torch_dtype
+from megatron_pz.sync.collective import CollectiveTransport, make_stages
 from megatron_pz.sync.disk import DiskTransport
 from megatron_pz.sync.export import iterate_hf_tensors
 from megatron_pz.sync.push import Transport, WeightPush
@@ -105,11 +108,15 @@ def _push(
         if pool is not None:
             pool.is_paused = is_paused
 
-    return WeightPush(_transport(config, parallel, folder), io, controls, config.sglang.pause_mode, paused, tell=tell)
+    return WeightPush(
+        _transport(config, parallel, folder, io), io, controls, config.sglang.pause_mode, paused, tell=tell
+    )
 
 
-def _transport(config: Config, parallel: Parallel, folder: Path) -> Transport:
-    if config.sglang.weight_transport == "disk":
+def _transport(config: Config, parallel: Parallel, folder: Path, io: IoThread | None) -> Transport:
+    sglang = config.sglang
+    server_ranks, bucket_bytes = max(1, sglang.gpus_per_server), sglang.weight_bucket_mib * MIB
+    if sglang.weight_transport == "disk":
         write = functools.partial(
             export_hf,
             hf_dir=folder,
@@ -121,10 +128,23 @@ def _transport(config: Config, parallel: Parallel, folder: Path) -> Transport:
             lambda weights, to: write(weights, out_dir=to),
             Path(config.checkpoint.run_dir) / "weights",
             parallel.is_rank0,
-            flushes=config.sglang.pause_mode != "in_place",
+            flushes=sglang.pause_mode != "in_place",
         )
-    export = functools.partial(iterate_hf_tensors, group=parallel.control_group)
-    return TensorTransport(export, config.sglang.weight_bucket_mib * MIB, max(1, config.sglang.gpus_per_server))
+    if sglang.weight_transport == "tensor":
+        export = functools.partial(iterate_hf_tensors, group=parallel.control_group)
+        return TensorTransport(export, bucket_bytes, server_ranks)
+    on_gpus = sglang.gpus_per_server > 0
+    return CollectiveTransport(
+        lambda weights, stage: iterate_hf_tensors(weights, stage.group, stage.speaker),
+        make_stages(parallel.pp_rank, parallel.control_group),
+        parallel.control_group,
+        bucket_bytes,
+        backend="nccl" if on_gpus else "gloo",
+        server_ranks=server_ranks,
+        io=io,
+        host=os.environ.get("MASTER_ADDR", "127.0.0.1") if parallel.is_rank0 else socket.gethostname(),
+        device=parallel.device,
+    )
 
 
 def _experts_shape(config: Config, hf_config: Mapping[str, Any]) -> tuple[int, int] | None:
