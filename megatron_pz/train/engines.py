@@ -29,6 +29,7 @@ from megatron_pz.sync.disk import DiskTransport
 from megatron_pz.sync.export import iterate_hf_tensors
 from megatron_pz.sync.push import Transport, WeightPush
 from megatron_pz.sync.tensor import TensorTransport
+from megatron_pz.sync.verify import Verifier
 from megatron_pz.train.decode import embedded_engine
 from megatron_pz.train.parallel import Parallel
 
@@ -108,9 +109,9 @@ def _push(
         if pool is not None:
             pool.is_paused = is_paused
 
-    return WeightPush(
-        _transport(config, parallel, folder, io), io, controls, config.sglang.pause_mode, paused, tell=tell
-    )
+    verify = Verifier(range(1, 17), tell) if config.sglang.verify_weights else lambda receivers: None
+    transport = _transport(config, parallel, folder, io)
+    return WeightPush(transport, io, controls, config.sglang.pause_mode, paused, verify, tell)
 
 
 def _transport(config: Config, parallel: Parallel, folder: Path, io: IoThread | None) -> Transport:

@@ -101,6 +101,8 @@ def _flags(config: Config, index: int, context_length: int) -> dict[str, Any]:
         flags["load-format"] = "dummy"  # there is nothing to read; the trainer hands over its own
     if config.train.routing_replay:
         flags["enable-return-routed-experts"] = True
+    if config.sglang.pause_mode == "in_place":
+        flags["disable-radix-cache"] = True  # requests go on with old caches, which later ones must not find
     if config.sglang.colocate and config.sglang.gpus_per_server:
         flags["enable-memory-saver"] = True
     return flags
