@@ -37,29 +37,27 @@ class Verifier:
     def __call__(self, receivers: Receivers) -> None:
         """Drop the servers that differ."""
         sums = {server: flat(reply) for server, reply in receivers.each(lambda control: control.checksums()).items()}
-        first = next(iter(sums), None)
-        if first is None:
+        if not sums:
             return
+        first, expected = next(iter(sums.items()))
         for server, found in sums.items():
-            if different := [name for name in sums[first] if found.get(name) != sums[first][name]]:
+            if different := [name for name in expected if found.get(name) != expected[name]]:
                 url, other = receivers.controls[server].url, receivers.controls[first].url
                 fault = f"{url} and {other} differ in {len(different)} of {len(found)} tensors, first {different[0]}"
                 receivers.drop(server, EngineError(fault + "."))
-        same = [name for name, checksum in sums[first].items() if self._before.get(name) == checksum]
-        if self._before and 0 < len(same) < len(sums[first]):
-            self._tell(f"{len(same)} of {len(sums[first])} tensors of the servers did not change, first {same[0]}")
-        self._before = sums[first]
+        same = [name for name, checksum in expected.items() if self._before.get(name) == checksum]
+        if self._before and 0 < len(same) < len(expected):
+            self._tell(f"{len(same)} of {len(expected)} tensors of the servers did not change, first {same[0]}")
+        self._before = expected
         self._probe_all(receivers)
 
     def _probe_all(self, receivers: Receivers) -> None:
         found = receivers.each(self._answer)
-        first = next(iter(found), None)
+        expected = next(iter(found.values()), None)
         for server, tokens in found.items():
-            if tokens != found[first]:
+            if tokens != expected:
                 url = receivers.controls[server].url
-                receivers.drop(
-                    server, EngineError(f"{url} answers {tokens} to the probe; another server {found[first]}.")
-                )
+                receivers.drop(server, EngineError(f"{url} answers {tokens} to the probe; another server {expected}."))
 
     async def _answer(self, control: Control) -> tuple[int, ...]:
         params = SamplingParams(max_new_tokens=PROBE_TOKENS, temperature=0.0)
