@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,9 @@ CONTROL_TIMEOUT_S = 120.0
 KEEPALIVE_S = 2.0
 """SGLang closes a connection that was idle for 5 s, and a request that is sent just then is lost."""
 HEALTH_TIMEOUT_S = 20.0
+ABORT_TIMEOUT_S = 10.0
 
+_NOT_NOW = (429, 503)
 _FINISH_REASONS: Mapping[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
@@ -36,6 +39,7 @@ class Client:
         vocab_size: ids are below it.
         context_length: most tokens of prompt and response together.
         experts_shape: (layers, experts a token) where the experts that each token was routed to are asked for.
+        health_timeout_s: within which a server that is well generates a token.
     """
 
     def __init__(
@@ -46,9 +50,10 @@ class Client:
         vocab_size: int,
         context_length: int,
         experts_shape: tuple[int, int] | None = None,
+        health_timeout_s: float = HEALTH_TIMEOUT_S,
     ) -> None:
         self.url, self.vocab_size, self.context_length = url.rstrip("/"), vocab_size, context_length
-        self.experts_shape = experts_shape
+        self.experts_shape, self.health_timeout_s = experts_shape, health_timeout_s
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._session: aiohttp.ClientSession | None = None
 
@@ -62,10 +67,10 @@ class Client:
             EngineError: the request is out of range and was not sent, or the reply is not what was asked for.
             ServerLost, ServerBusy, ServerRefused: see there.
         """
-        self.check(prompt_ids, params)
+        ids = self.check(prompt_ids, params)
         body: dict[str, Any] = {
             "rid": rid,
-            "input_ids": list(prompt_ids),
+            "input_ids": ids,
             "sampling_params": sampling_params(params),
             "return_logprob": True,
         }
@@ -73,43 +78,49 @@ class Client:
             body["return_routed_experts"] = True
         reply = await self.post("/generate", body, timeout_s=None)
         try:
-            return self._completion(tuple(prompt_ids), reply)
+            return self._completion(ids, params, reply)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise EngineError(
                 f"{self.url}/generate answered what this client cannot read ({type(error).__name__}: {error}): "
                 f"{str(reply)[:500]}. Supported versions of SGLang are in engine/sglang/versions.py."
             ) from error
 
-    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        """Pass if the server can answer.
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
+        """`prompt_ids` as Python's integers, if the server can answer.
 
         Raises:
             EngineError: with the number that is out of range.
         """
-        if not prompt_ids:
+        if not len(prompt_ids):
             raise EngineError("The prompt has no tokens; an SGLang server needs at least one.")
-        if min(prompt_ids) < 0 or max(prompt_ids) >= self.vocab_size:
-            place, token = next((at, t) for at, t in enumerate(prompt_ids) if not 0 <= t < self.vocab_size)
+        try:
+            ids = tuple(map(operator.index, prompt_ids))
+        except TypeError as error:
+            place, token = next((at, t) for at, t in enumerate(prompt_ids) if not hasattr(t, "__index__"))
+            raise EngineError(f"Token {place} of the prompt is {token!r}; ids are integers.") from error
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            place, token = next((at, t) for at, t in enumerate(ids) if not 0 <= t < self.vocab_size)
             raise EngineError(
                 f"Token {place} of the prompt is {token}; ids of this model are 0 to {self.vocab_size - 1}, and another "
                 "would end the server. Does the tokenizer belong to the model?"
             )
         if params.max_new_tokens < 1:
             raise EngineError(f"max_new_tokens is {params.max_new_tokens}; it must be at least 1.")
-        if len(prompt_ids) + params.max_new_tokens > self.context_length:
+        if len(ids) + params.max_new_tokens > self.context_length:
             raise EngineError(
-                f"A prompt of {len(prompt_ids)} tokens and a response of up to {params.max_new_tokens} do not fit the servers' "
+                f"A prompt of {len(ids)} tokens and a response of up to {params.max_new_tokens} do not fit the servers' "
                 f"context of {self.context_length}. Lower --max-prompt-tokens or --max-response-tokens."
             )
+        return ids
 
     async def abort(self, rid: str) -> None:
         """Have the server give up the request; one that it does not know is none."""
-        await self.post("/abort_request", {"rid": rid}, timeout_s=CONTROL_TIMEOUT_S)
+        await self.post("/abort_request", {"rid": rid}, timeout_s=ABORT_TIMEOUT_S)
 
     async def is_up(self) -> bool:
         """Whether the server's front answers; so does a paused one, and one whose scheduler hangs."""
         try:
-            await self.get("/model_info", timeout_s=CONNECT_TIMEOUT_S)
+            await self.get("/model_info", timeout_s=min(CONNECT_TIMEOUT_S, self.health_timeout_s))
         except EngineError:
             return False
         return True
@@ -117,7 +128,7 @@ class Client:
     async def can_generate(self) -> bool:
         """Whether it generates a token in time. A paused server does not."""
         try:
-            await self.get("/health_generate", timeout_s=HEALTH_TIMEOUT_S)
+            await self.get("/health_generate", timeout_s=self.health_timeout_s)
         except EngineError:
             return False
         return True
@@ -148,39 +159,45 @@ class Client:
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         try:
             async with self._session.request(method, self.url + path, json=body, timeout=timeout) as reply:
-                text = await reply.text()
-                status = reply.status
+                found, status = await reply.read(), reply.status
         except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
             told = str(error) or type(error).__name__
+            if isinstance(error, TimeoutError) and timeout_s is not None:
+                told = f"no answer within {timeout_s:g} s"
             raise ServerLost(f"The SGLang server at {self.url} did not answer {path}: {told}.") from error
-        if status == 503:
-            raise ServerBusy(f"{self.url}{path} answered HTTP 503: {text[:500]}")
+        if status == 200:
+            try:
+                return json.loads(found)
+            except ValueError:
+                pass  # some replies to control calls are sentences
+        text = found.decode(errors="replace")
+        if status in _NOT_NOW:
+            raise ServerBusy(f"{self.url}{path} answered HTTP {status}: {text[:500]}")
         if status != 200:
             raise ServerRefused(self.url, path, status, text)
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
+        return text
 
-    def _completion(self, prompt_ids: tuple[int, ...], reply: Any) -> Completion:
+    def _completion(self, prompt_ids: tuple[int, ...], params: SamplingParams, reply: Any) -> Completion:
         meta = reply["meta_info"]
-        scored = meta.get("output_token_logprobs") or []
+        reason = _FINISH_REASONS[meta["finish_reason"]["type"]]
         token_ids = tuple(reply["output_ids"])
-        logprobs = tuple(float(entry[0]) for entry in scored)
-        if [entry[1] for entry in scored] != list(token_ids):
-            raise ValueError(f"{len(token_ids)} tokens have log-probs of {len(scored)} others")
+        # Whole columns at a time: responses have thousands of tokens.
+        logprobs, scored_ids, *_ = (
+            zip(*(meta.get("output_token_logprobs") or ()), strict=True) if token_ids else ((), ())
+        )
+        if scored_ids != token_ids:
+            raise ValueError(f"{len(token_ids)} tokens have log-probs of {len(scored_ids)} others")
         if token_ids and (min(token_ids) < 0 or max(token_ids) >= self.vocab_size):
             raise ValueError(f"a sampled id is outside 0 to {self.vocab_size - 1}")
-        if not all(map(math.isfinite, logprobs)):
+        if len(token_ids) > params.max_new_tokens:
+            raise ValueError(f"{len(token_ids)} tokens came, {params.max_new_tokens} were asked for at most")
+        logprobs = tuple(map(float, logprobs))
+        if not math.isfinite(sum(logprobs)):
             raise ValueError("a log-prob is not finite")
-        return Completion(
-            prompt_ids,
-            token_ids,
-            logprobs,
-            _FINISH_REASONS[meta["finish_reason"]["type"]],
-            _versions(meta, len(token_ids)),
-            _experts(meta.get("routed_experts"), self.experts_shape) if self.experts_shape else None,
-        )
+        experts = None
+        if self.experts_shape and reason != "abort":
+            experts = _experts(meta.get("routed_experts"), self.experts_shape, len(prompt_ids) + len(token_ids) - 1)
+        return Completion(prompt_ids, token_ids, logprobs, reason, _versions(meta, len(token_ids)), experts)
 
 
 def sampling_params(params: SamplingParams) -> dict[str, Any]:
@@ -211,10 +228,10 @@ def _versions(meta: Mapping[str, Any], num_tokens: int) -> tuple[int, ...]:
     return tuple(versions)
 
 
-def _experts(coded: str | None, shape: tuple[int, int]) -> np.ndarray:
-    """int32 [prompt + response - 1, layers, experts a token]."""
+def _experts(coded: str | None, shape: tuple[int, int], num_tokens: int) -> np.ndarray:
+    """int32 [num_tokens, layers, experts a token], of every token but the last."""
     if coded is None:
         raise ValueError(
             "routed experts were asked for and are not there; start servers with --enable-return-routed-experts"
         )
-    return np.frombuffer(base64.b64decode(coded), dtype=np.int32).reshape(-1, *shape)
+    return np.frombuffer(base64.b64decode(coded), dtype=np.int32).reshape(num_tokens, *shape)

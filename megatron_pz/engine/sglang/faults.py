@@ -8,7 +8,7 @@ class ServerLost(EngineError):
 
 
 class ServerBusy(EngineError):
-    """The server said "not now" (HTTP 503). The request may be asked again."""
+    """The server or a router said "not now" (HTTP 503 or 429). The request may be asked again."""
 
 
 class ServerRefused(EngineError):
@@ -21,4 +21,4 @@ class ServerRefused(EngineError):
 
     def __init__(self, url: str, path: str, status: int, told: str) -> None:
         super().__init__(f"{url}{path} answered HTTP {status}: {told[:2000]}")
-        self.status, self.told = status, told
+        self.url, self.status, self.told = url, status, told

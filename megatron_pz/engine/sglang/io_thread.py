@@ -33,6 +33,11 @@ class IoThread:
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Result of `coroutine`; not from within the thread."""
+        if threading.current_thread() is self._thread:
+            coroutine.close()
+            raise RuntimeError(
+                "IoThread.run was called from its own thread, which would wait for itself; await instead."
+            )
         future = self.submit(coroutine)
         try:
             return future.result()
@@ -54,10 +59,10 @@ class IoThread:
         asyncio.set_event_loop(self.loop)
         try:
             self.loop.run_forever()
-            tasks = asyncio.all_tasks(self.loop)
-            for task in tasks:
-                task.cancel()
-            self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            while tasks := asyncio.all_tasks(self.loop):  # one that is cancelled may begin others
+                for task in tasks:
+                    task.cancel()
+                self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
             self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         finally:
             self.loop.close()
