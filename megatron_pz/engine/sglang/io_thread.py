@@ -45,10 +45,6 @@ class IoThread:
             future.cancel()
             raise
 
-    async def bridge(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Result of `coroutine`, awaited in another event loop; a cancellation goes through."""
-        return await asyncio.wrap_future(self.submit(coroutine))
-
     def close(self) -> None:
         """Cancel what is under way and end the thread. May be called twice."""
         if not self.loop.is_closed():
