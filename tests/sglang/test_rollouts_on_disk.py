@@ -2,6 +2,7 @@
 in a run whose trainer was killed in the middle of a step."""
 
 import importlib.util
+import json
 import math
 import os
 import subprocess
@@ -85,7 +86,7 @@ def test_a_wrong_key_is_told(server, flags, tmp_path, capsys):
     )
 
 
-def test_a_trainer_killed_in_the_middle_of_a_step_asks_for_nothing_that_it_has(server, flags, tmp_path):
+def test_a_trainer_killed_in_the_middle_of_a_step_asks_for_nothing_that_it_has(server, flags, tmp_path, capsys):
     run_dir, num_requests = tmp_path / "run", 16
     slow = {"max_running_requests": 2, "max_response_tokens": 100, "save_interval": 1}
     command = [sys.executable, "-W", "ignore", "-m", "megatron_pz", *flags(run_dir, **slow)]
@@ -115,3 +116,9 @@ def test_a_trainer_killed_in_the_middle_of_a_step_asks_for_nothing_that_it_has(s
     decode = load_tokenizer(command[command.index("--tokenizer") + 1]).decode
     assert sorted(row["response"] for row in played) == sorted(decode(found.completion.token_ids) for found in after)
     assert {row["weight_version"] for row in played} == {0}  # nothing was learned from a policy that is never right
+
+    # The round can be told again without the server, and teaches what it taught.
+    assert tool("replay_step").main([str(run_dir), "2", "--checkpoint", "1"]) == 0, capsys.readouterr().err
+    told, wrote = json.loads(capsys.readouterr().out), rows(run_dir)[-1]
+    assert told.keys() >= {"step", "reward/prediction/mean", "tokens/completion"}
+    assert told == {name: wrote[name] for name in told}
