@@ -149,7 +149,8 @@ class Pool:
                 fault = busy
             except ServerLost as lost:
                 fault = lost
-                await self._examine(server)
+                if not self._is_closed:
+                    await self._examine(server)
             except ServerRefused as refused:
                 if not await self._came_with_a_loss(refused, server, losses):
                     raise
