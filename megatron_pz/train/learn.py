@@ -50,6 +50,7 @@ class Learner:
         """
         if not plans:
             return UpdateResult(applied=False, loss=0.0, grad_norm=0.0, lr=self.trainer.lr_at(step), metrics={})
+        # The first update needs no score for importance sampling: its own forward has the weights that would be scored.
         rescored = len(plans) > 1 or self.config.recompute_old_log_probs
         old = [self._score(plan) if rescored else None for plan in plans]
         ref = [self._score_reference(plan) if self._reference is not None else None for plan in plans]

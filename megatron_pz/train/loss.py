@@ -2,11 +2,14 @@
 
 1. A token of weight 0 has no part in loss, gradient or statistics, whatever its numbers are.
 2. Log-ratios are clamped before they are exponentiated: one very rare token must not make the loss infinite.
+3. A number that is not finite at a trained token shows in the loss, also where the token would have been left out.
 
 Shapes: T packed tokens. Statistics are float64 sums over trained tokens (weight above 0), without gradient.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +27,7 @@ def policy_loss(
     eps_clip: float,
     eps_clip_high: float,
     dual_clip: float = 0.0,
+    importance: Tensor | None = None,
     ref_log_probs: Tensor | None = None,
     kl_coef: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -31,12 +35,14 @@ def policy_loss(
 
     Args:
         log_probs: float32 [T], under the policy that learns; the only argument with a gradient.
-        old_log_probs: float32 [T], under the policy that sampled.
+        old_log_probs: float32 [T], under the policy that sampled; with `importance` under the policy before the update.
         advantages: float32 [T].
         weights: float32 [T], not negative.
         eps_clip: ratios below 1 - eps_clip earn nothing more where the advantage is negative.
         eps_clip_high: ratios above 1 + eps_clip_high earn nothing more where the advantage is positive (clip-higher).
         dual_clip: where the advantage A is negative the loss is at most -dual_clip * A; above 1, or 0 for off.
+        importance: float32 [T] from `importance_weights`, what each token's loss is multiplied by, its KL included: both
+            are means over tokens that the engine drew. None: 1.
         ref_log_probs: float32 [T], under the reference policy; None: no KL term.
         kl_coef: weight of the KL to the reference, estimated a token by exp(d) - 1 - d, d = ref_log_probs - log_probs.
 
@@ -58,7 +64,51 @@ def policy_loss(
         ref_kl = k3(_kept(ref_log_probs - log_probs, is_trained))
         loss = loss + kl_coef * ref_kl
         stats["ref_kl"] = _sum(ref_kl, is_trained)
+    if importance is not None:
+        loss = loss * _kept(importance, is_trained)
     return (_kept(weights, is_trained) * loss).sum(), stats
+
+
+def importance_weights(
+    old_log_probs: Tensor,
+    rollout_log_probs: Tensor,
+    weights: Tensor,
+    *,
+    mode: Literal["truncated", "masked"],
+    cap: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What makes tokens that the engine drew count as if the trainer's policy had drawn them, within bounds.
+
+    The weight is w = exp(old_log_probs - rollout_log_probs), without gradient. `truncated`: min(w, cap). `masked`: w where
+    1/cap <= w <= cap, else 0, which leaves the token out. What is left out still counts in the loss's denominator, else
+    the other tokens would weigh more.
+
+    With it the clipped ratio of `policy_loss` must be that to the trainer's own log-probs before the update: against the
+    engine's, ratio and weight together would count the difference of the two twice.
+
+    Args:
+        old_log_probs: float32 [T], of the trainer before the update, under the sampling temperature.
+        rollout_log_probs: float32 [T], of the engine, under the same.
+        weights: float32 [T], the tokens' loss weights; 0: not trained.
+        mode: as above.
+        cap: largest weight, above 1.
+
+    Returns:
+        (float32 [T], 0 where not trained; sums: `importance_clipped` tokens that were cut or left out).
+
+    Source: TIS: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training" (2025); MIS: Liu et
+    al., "When Speed Kills Stability" (2025); both sides bounded: IcePop (Ling team, 2025).
+    """
+    is_trained = weights > 0
+    log_ratio = _kept(old_log_probs - rollout_log_probs, is_trained).detach()
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    if mode == "truncated":
+        is_clipped = ratio > cap
+        bounded = ratio.clamp(max=cap)
+    else:
+        is_clipped = (ratio > cap) | (ratio < 1 / cap)  # NaN is neither, and stays
+        bounded = ratio.masked_fill(is_clipped, 0.0)
+    return _kept(bounded, is_trained), {"importance_clipped": _sum(is_clipped, is_trained)}
 
 
 def supervised_loss(log_probs: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -21,7 +21,7 @@ from megatron_pz.config.schema import Config
 from megatron_pz.errors import NumericsError
 from megatron_pz.platform.base import Platform
 from megatron_pz.train.forward import DeviceBatch, LogProbs, run_schedule
-from megatron_pz.train.loss import policy_loss, supervised_loss, token_sums
+from megatron_pz.train.loss import importance_weights, policy_loss, supervised_loss, token_sums
 from megatron_pz.train.optimizer import LrSchedule, build_optimizer, set_learning_rate
 from megatron_pz.train.parallel import Parallel
 from megatron_pz.types import MicroBatch, UpdatePlan, UpdateResult
@@ -29,7 +29,7 @@ from megatron_pz.types import MicroBatch, UpdatePlan, UpdateResult
 SUPERVISED_TASKS = ("continue_pt", "sft")
 SUMS = (
     *("loss", "tokens", "packed", "tokens_mask", "entropy_mask", "entropy_prediction"),
-    *("ratio", "clipped", "mismatch_k3", "ref_kl", "broken"),
+    *("ratio", "clipped", "importance_clipped", "mismatch_k3", "ref_kl", "broken"),
 )
 """What micro-batches add to a step's metrics, see `train.loss`; `broken` counts those whose loss is not finite."""
 
@@ -83,7 +83,9 @@ class Trainer:
         Args:
             plan: micro-batches of this rank's `dp_rank` are used, and the counts.
             lr_step: the step whose learning rate is taken, from 1.
-            old_log_probs: from `score`, the ratio's denominator; None: the engine's log-probs.
+            old_log_probs: from `score`, the ratio's denominator; None: the engine's log-probs, or with
+                `train.importance_sampling` this update's own, without gradient. These are the same as from `score` where
+                it is the first update on the plan's samples: no weight has changed in between.
             ref_log_probs: under the reference policy, where there is a KL term.
 
         Returns:
@@ -153,28 +155,46 @@ class Trainer:
     def objective(self, batch: DeviceBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(summed loss, trained tokens, statistics) of a micro-batch; `output` is [2, T]."""
         log_probs, entropy = output
-        before = log_probs if batch.old_log_probs is None else batch.old_log_probs
+        before = log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs
         if self.is_supervised:
             loss, stats = supervised_loss(log_probs, batch.weights)
             rollout_log_probs = None
         else:
+            loss, stats = self._policy_loss(batch, log_probs, before)
             rollout_log_probs = batch.rollout_log_probs
-            train = self.config.train
-            loss, stats = policy_loss(
-                log_probs,
-                rollout_log_probs if batch.old_log_probs is None else batch.old_log_probs,
-                batch.advantages,
-                batch.weights,
-                eps_clip=train.eps_clip,
-                eps_clip_high=train.eps_clip_high,
-                dual_clip=train.dual_clip,
-                ref_log_probs=batch.ref_log_probs,
-                kl_coef=train.kl_coef,
-            )
         stats |= token_sums(before, rollout_log_probs, entropy, batch.weights, batch.is_generator)
         value = loss.detach().double()
         stats |= {"loss": value, "broken": (~torch.isfinite(value)).double()}
         return loss, _count(batch.weights), stats
+
+    def _policy_loss(self, batch: DeviceBatch, log_probs: Tensor, before: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """`policy_loss` of a micro-batch; `before`: float32 [T], log-probs of the trainer before the update."""
+        train = self.config.train
+        importance: Tensor | None = None
+        importance_stats: dict[str, Tensor] = {}
+        old = batch.rollout_log_probs if batch.old_log_probs is None else batch.old_log_probs
+        if train.importance_sampling != "off":
+            old = before
+            importance, importance_stats = importance_weights(
+                before,
+                batch.rollout_log_probs,
+                batch.weights,
+                mode=train.importance_sampling,
+                cap=train.importance_cap,
+            )
+        loss, stats = policy_loss(
+            log_probs,
+            old,
+            batch.advantages,
+            batch.weights,
+            eps_clip=train.eps_clip,
+            eps_clip_high=train.eps_clip_high,
+            dual_clip=train.dual_clip,
+            importance=importance,
+            ref_log_probs=batch.ref_log_probs,
+            kl_coef=train.kl_coef,
+        )
+        return loss, stats | importance_stats
 
     def _reduced(self, collected: Sequence[Mapping[str, Tensor]]) -> tuple[dict[str, float], float]:
         """`SUMS` over all micro-batches and ranks, and the largest mismatch."""
@@ -213,6 +233,8 @@ class Trainer:
             metrics["entropy/prediction"] = sums["entropy_prediction"] / (tokens - of_masks)
         if self.config.train.kl_coef > 0:
             metrics["ref_kl"] = sums["ref_kl"] / tokens
+        if self.config.train.importance_sampling != "off":
+            metrics["mismatch/clipped_share"] = sums["importance_clipped"] / tokens
         return metrics | {
             "token_share/mask": of_masks / tokens,
             "mismatch_kl": sums["mismatch_k3"] / tokens,

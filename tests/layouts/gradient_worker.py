@@ -74,6 +74,7 @@ class Case:
     mean: str = "token_mean"
     ddp: dict[str, Any] = field(default_factory=dict)
     rescored: bool = False  # old log-probs and a reference from `score`
+    importance: str = "off"
     align: int = 1
     transformer: dict[str, Any] = field(default_factory=dict)
     updated: bool = False  # compare what one step of the distributed optimizer changes, instead of gradients
@@ -91,6 +92,7 @@ TWO = {
     "dp2, sequence mean": Case(mean="sequence_mean", max_tokens=30),
     "dp2, one bin for all, overlapped": Case(max_tokens=10**6, ddp={"overlap_grad_reduce": True}),
     "dp2, old and reference scored": Case(rescored=True),
+    "dp2, importance masked": Case(importance="masked"),
     "tp2": Case(layout=TP2),
     "tp2 sp": Case(layout=TP2 | SP),
     "pp2": Case(layout=PP2),
@@ -147,7 +149,11 @@ def build(case: Case) -> tuple[Parallel, Trainer, UpdatePlan]:
         parallel=ParallelConfig(**case.layout, use_distributed_optimizer=case.updated),
         # Clipping would scale the gradient buffers in place.
         train=TrainConfig(
-            lr=1e-3, lr_decay_style="constant", kl_coef=0.1 * case.rescored, clip_grad=float(case.updated)
+            lr=1e-3,
+            lr_decay_style="constant",
+            kl_coef=0.1 * case.rescored,
+            clip_grad=float(case.updated),
+            importance_sampling=case.importance,
         ),
         transformer=case.transformer,
         ddp=case.ddp,

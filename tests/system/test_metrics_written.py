@@ -28,6 +28,7 @@ def rich(places):
     """The game with everything on."""
     folder, corpus, held_out = places
     flags = {"held_out_path": held_out, "eval_interval": 1, "save_interval": 2, "kl_coef": 0.01, "train_iters": 3}
+    flags |= {"importance_sampling": "truncated"}
     assert run(folder / "rich", corpus, **flags, paragraphs_per_step=3) == 0
     return rows(folder / "rich")
 

@@ -18,6 +18,7 @@ TOLERANCE = 1e-5
 ALONE = ["one bin each", "one bin for all", "sequence mean, one bin each", "moe, one bin each"]
 OF_TWO = [
     *("dp2", "dp2, sequence mean", "dp2, one bin for all, overlapped", "dp2, old and reference scored"),
+    "dp2, importance masked",
     *("tp2", "tp2 sp", "pp2", "pp2, old and reference scored", "untied pp2"),
     *("moe dp2", "moe tp2 sp", "moe pp2", "moe ep2", "moe ep2, one bin each", "moe tp2 sp ep2"),
     *("moe tp2 sp, auxiliary loss", "moe tp2 sp ep2, auxiliary loss"),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_pz.train.loss import k3, policy_loss, supervised_loss, token_sums
+from megatron_pz.train.loss import importance_weights, k3, policy_loss, supervised_loss, token_sums
 
 CLIPS = {"eps_clip": 0.2, "eps_clip_high": 0.28}
 
@@ -79,6 +79,53 @@ def test_k3_is_never_negative_and_its_mean_is_the_kl():
     estimates = k3((q / p).log())
     assert (estimates >= 0).all()
     assert (p * estimates).sum().item() == pytest.approx((p * (p / q).log()).sum().item(), abs=1e-12)
+
+
+def importance_of(ratios, mode, weights=None):
+    """(weights, clipped) of tokens with these ratios, trainer to engine; cap 2."""
+    engine = torch.full((len(ratios),), -3.0)
+    weights = tensor(*(weights or [1.0] * len(ratios)))
+    found, stats = importance_weights(engine + tensor(*ratios).log(), engine, weights, mode=mode, cap=2.0)
+    return found.tolist(), stats["importance_clipped"].item()
+
+
+def test_truncated_weights_are_cut_at_the_cap_and_masked_ones_left_out_beyond_it_or_its_reciprocal():
+    ratios = [1.0, 1.9, 3.0, 0.6, 0.4]
+    assert importance_of(ratios, "truncated") == (pytest.approx([1.0, 1.9, 2.0, 0.6, 0.4]), 1)
+    assert importance_of(ratios, "masked") == (pytest.approx([1.0, 1.9, 0.0, 0.6, 0.0]), 2)
+
+
+def test_a_token_that_is_not_trained_has_no_importance_and_is_not_counted():
+    assert importance_of([3.0, math.nan, 1.5], "masked", weights=[0.0, 0.0, 0.5]) == (pytest.approx([0, 0, 1.5]), 0)
+    assert importance_of([3.0, 3.0, 1.5], "truncated", weights=[0.0, 2.0, 0.5]) == (pytest.approx([0, 2.0, 1.5]), 1)
+
+
+def test_an_importance_scales_a_token_s_clipped_loss_and_its_kl_but_no_statistics():
+    # Ratio, advantage, importance: 1.5 is clipped to 1.28 first; the third token is left out.
+    loss, grad, stats = loss_of([1.0, 1.5, 1.1], [2.0, 1.0, 5.0], importance=tensor(1.5, 0.5, 0.0))
+    assert loss == pytest.approx(-(1.5 * 2.0 + 0.5 * 1.28), rel=1e-6)
+    assert grad == pytest.approx([-3.0, 0, 0], rel=1e-6)
+    assert stats == {"ratio": pytest.approx(3.6), "clipped": 1}
+    kl = {"ref_log_probs": torch.full((1,), -1.0 + math.log(2)), "kl_coef": 0.5}
+    loss, grad, stats = loss_of([1.0], [2.0], importance=tensor(1.5), **kl)
+    assert loss == pytest.approx(1.5 * (-2.0 + 0.5 * (1 - math.log(2))), rel=1e-6)
+    assert grad == pytest.approx([1.5 * (-2.0 - 0.5)], rel=1e-6)
+    assert stats["ref_kl"] == pytest.approx(1 - math.log(2), rel=1e-6)
+
+
+def test_importance_has_no_gradient():
+    log_probs = tensor(-1.0).requires_grad_()
+    importance, _ = importance_weights(log_probs, tensor(-1.2), tensor(1.0), mode="truncated", cap=2.0)
+    assert not importance.requires_grad
+
+
+@pytest.mark.parametrize("mode", ["truncated", "masked"])
+def test_a_log_prob_that_is_not_a_number_shows_and_an_endless_one_weighs_no_more_than_the_cap(mode):
+    old, engine = tensor(math.nan, math.inf), tensor(-1.0, -1.0)
+    importance, stats = importance_weights(old, engine, tensor(1.0, 1.0), mode=mode, cap=2.0)
+    assert math.isnan(importance[0].item())
+    assert importance[1].item() == (2.0 if mode == "truncated" else 0.0)
+    assert stats["importance_clipped"].item() == 1
 
 
 def test_a_huge_ratio_stays_finite_and_has_no_gradient():

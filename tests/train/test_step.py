@@ -180,6 +180,59 @@ def test_given_old_log_probs_the_ratio_is_to_them_and_the_mismatch_theirs_to_the
     assert metrics["mismatch/max_abs"] == pytest.approx(0.1, rel=1e-3)
 
 
+def off_by(trainer, *nats):
+    """The samples, sample i told by an engine whose log-probs are `nats[i]` below the trainer's."""
+    return [
+        replace(s, rollout_log_probs=tuple(p - gap for p in s.rollout_log_probs))
+        for s, gap in zip(scored(trainer, SAMPLES), nats, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("mode", "weights"), [("truncated", (1.25, 2.0, 0.4)), ("masked", (1.25, 0.0, 0.0))])
+def test_importance_weighs_each_token_by_trainer_to_engine_and_the_ratio_is_to_the_trainer(
+    trainer, mode, weights, temperature
+):
+    one = trainer(importance_sampling=mode, importance_cap=2.0, temperature=temperature, clip_grad=0.0)
+    samples = off_by(one, math.log(1.25), math.log(3.0), math.log(0.4))
+    losses = []
+    for s, weight in zip(samples, weights, strict=True):
+        new = log_probs_of(one, s.token_ids, temperature, grad=True)[np.array(s.loss_weights[1:]) > 0]
+        losses.append(-weight * s.advantage * (new - new.detach()).exp())
+    wanted = torch.cat(losses).sum() / 7  # also of the tokens that are left out
+    grads = torch.autograd.grad(wanted, list(one.chunks[0].parameters()))
+
+    result = one.step(plan_update(samples, max_tokens=8), lr_step=1)
+
+    assert result.loss == pytest.approx(
+        -(2 * weights[0] * 1.0 - 3 * weights[1] * 0.5 + 2 * weights[2] * 0.5) / 7, rel=1e-4
+    )
+    for parameter, grad in zip(one.chunks[0].parameters(), grads, strict=True):
+        torch.testing.assert_close(parameter.main_grad, grad, rtol=1e-4, atol=1e-5 * grad.abs().max().item())
+    assert result.metrics["mismatch/clipped_share"] == pytest.approx(3 / 7 if mode == "truncated" else 5 / 7)
+    assert result.metrics["mismatch/max_abs"] == pytest.approx(math.log(3), rel=1e-4)
+    assert (result.metrics["ratio/mean"], result.metrics["clip_fraction"]) == (1, 0)
+
+
+def test_in_the_first_update_scored_log_probs_and_the_update_s_own_give_the_same(trainer):
+    one, other = (trainer(importance_sampling="truncated", clip_grad=0.0) for _ in range(2))
+    plan = plan_update(off_by(one, 0.1, 0.9, -0.2), max_tokens=64)
+    by_itself = one.step(plan, lr_step=1)
+    by_score = other.step(plan, lr_step=1, old_log_probs=other.score(plan.micro_batches[0]))
+    assert by_score.metrics == pytest.approx(dict(by_itself.metrics), rel=1e-6)
+    assert all(torch.equal(value, weights_of(other)[name]) for name, value in weights_of(one).items())
+
+
+def test_in_later_updates_of_a_batch_importance_stays_that_of_the_policy_before_the_first(trainer, tmp_path):
+    one = trainer(importance_sampling="truncated", updates_per_batch=2)
+    samples = off_by(one, math.log(1.5), math.log(1.5), math.log(3.0))
+    plans = [plan_update(samples[:1], max_tokens=64), plan_update(samples[1:], max_tokens=64)]
+    metrics = Learner(one, one.config.train, tmp_path, rank=0).learn(plans, step=1).metrics
+    assert metrics["mismatch/clipped_share"] == pytest.approx((0 + 2 / 5) / 2)
+    assert metrics["mismatch/max_abs"] == pytest.approx((math.log(1.5) + math.log(3.0)) / 2, rel=1e-4)
+    assert metrics["ratio/mean"] != pytest.approx(1, abs=1e-4)  # moved by the first update
+
+
 def test_the_kl_to_the_reference_pulls_and_is_reported(trainer):
     free, held = trainer(), trainer(kl_coef=2.0)
     plan = plan_update(scored(free, SAMPLES), max_tokens=64)
@@ -304,4 +357,5 @@ def test_every_metric_has_a_row_in_the_table(trainer):
     plan = plan_update(SAMPLES, max_tokens=64)
     one = trainer(kl_coef=0.1)
     check(one.step(plan, lr_step=1, ref_log_probs=one.score(plan.micro_batches[0])).metrics)
+    check(trainer(importance_sampling="masked").step(plan, lr_step=1).metrics)
     check(trainer(task="sft").step(plan_update(TEXT, max_tokens=64), lr_step=1).metrics)
