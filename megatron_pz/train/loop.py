@@ -45,15 +45,12 @@ def run(parts: Parts, config: Config, state: RunState) -> RunState:
                 _rescue(parts, state, error)
             raise
         drawn = parts.rounds.num_begun(step)
-        facts = {
-            "epoch": parts.rounds.corpus.epoch(state.position),
-            "num_paragraphs": float(drawn),
-            **parts.memory.lap(),
-        }
+        facts = {"epoch": parts.rounds.corpus.epoch(state.position), "num_paragraphs": float(drawn)}
         state = state.advance(drawn, updated=update.applied, left=played.left if played else ())
         with timers("sync"):
             parts.memory.to_engine()
             parts.engine.load(parts.trainer.chunks, state.policy_version)
+        facts |= parts.memory.lap()
         scores = {}
         if config.evaluate.eval_interval and is_due(step, config.evaluate.eval_interval, last):
             with timers("eval"):
