@@ -181,10 +181,9 @@ class Client:
         meta = reply["meta_info"]
         reason = _FINISH_REASONS[meta["finish_reason"]["type"]]
         token_ids = tuple(reply["output_ids"])
+        rows = meta.get("output_token_logprobs") or ()
         # Whole columns at a time: responses have thousands of tokens.
-        logprobs, scored_ids, *_ = (
-            zip(*(meta.get("output_token_logprobs") or ()), strict=True) if token_ids else ((), ())
-        )
+        logprobs, scored_ids, *_ = zip(*rows, strict=True) if rows else ((), ())
         if scored_ids != token_ids:
             raise ValueError(f"{len(token_ids)} tokens have log-probs of {len(scored_ids)} others")
         if token_ids and (min(token_ids) < 0 or max(token_ids) >= self.vocab_size):
