@@ -95,7 +95,8 @@ def write(out: Path, steps: dict[int, list[dict[str, float]]], given: argparse.N
         "# Rounds ahead of the update",
         "",
         f"{date.today()}, two cores, one SGLang server (CPU, demo policy), {given.rounds} runs a side of {given.steps} steps, "
-        f"by turns, load average {os.getloadavg()[1]:.1f}. Medians of steps. Floor: the longer of play and the rest of a step, without overlap.",
+        f"by turns, load average {os.getloadavg()[1]:.1f}. Medians of steps. Floor: the longer of play and the rest of a step, "
+        "without overlap.",
         "",
         "| rounds ahead | step | waits for play | update | weights | staleness, mean and most | step over floor | gain |",
         "|---|---|---|---|---|---|---|---|",

@@ -30,6 +30,8 @@ from megatron_pz.sync.buckets import Bucket, buckets
 from megatron_pz.sync.push import Receivers, Sent
 
 TIMEOUT_S = 600.0
+COPIES = 2
+"""Times that a tensor is in the speaker's memory while it is sent: made whole, and among the bytes of the broadcast."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class CollectiveTransport:
         export: whole tensors of a stage on its speaker: (weights, stage) -> (name, tensor).
         stages: from `make_stages`.
         control_group: gloo group of all ranks.
-        bucket_bytes: of one broadcast; the speaker and each rank of the servers hold one bucket beside their weights.
+        bucket_bytes: memory for tensors under way, both copies together; a larger tensor goes alone.
         backend: "gloo" or "nccl".
         server_ranks: tensor-parallel size of a server.
         io: of rank 0.
@@ -110,7 +112,11 @@ class CollectiveTransport:
 
     def _send_stage(self, stage: Stage, weights: Any, receivers: Receivers) -> tuple[int, int]:
         """Bytes sent and those of the largest bucket, on the speaker and on rank 0."""
-        parts = buckets(self._export(weights, stage), self._bucket_bytes) if self._rank in stage.ranks else iter(())
+        parts = (
+            buckets(self._export(weights, stage), self._bucket_bytes // COPIES)
+            if self._rank in stage.ranks
+            else iter(())
+        )
         if self._rank not in (0, stage.speaker):
             assert next(parts, None) is None  # takes part in gathering, and gets nothing
             return 0, 0

@@ -12,13 +12,16 @@ from torch import Tensor
 from megatron_pz.sync.buckets import Bucket, buckets
 from megatron_pz.sync.push import Receivers, Sent
 
+COPIES = 7
+"""Of a bucket in the trainer's host memory at the worst moment, measured: two as tensors, five as pickle, base64 and JSON."""
+
 
 class TensorTransport:
     """Sends pickled CPU tensors, the same to every tensor-parallel rank of a server.
 
     Args:
         export: whole tensors by Hugging Face name; yields on rank 0 alone, though all ranks iterate.
-        bucket_bytes: tensors under way at one time; as a request they take two and a half times that in host memory.
+        bucket_bytes: memory for tensors under way, all copies together; a larger tensor goes alone.
         server_ranks: tensor-parallel size of a server.
     """
 
@@ -31,7 +34,7 @@ class TensorTransport:
         """See `sync.push.Transport`."""
         total = largest = 0
         receivers.each(lambda control: control.begin_weight_update())
-        for bucket in buckets(self._export(weights), self._bucket_bytes):
+        for bucket in buckets(self._export(weights), self._bucket_bytes // COPIES):
             size = sum(tensor.numel() * tensor.element_size() for _, tensor in bucket)
             total, largest = total + size, max(largest, size)
             if receivers.controls:

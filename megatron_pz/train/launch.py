@@ -23,8 +23,7 @@ from megatron_pz.config.load import load_config
 from megatron_pz.config.rules import validate
 from megatron_pz.config.schema import Config
 from megatron_pz.corpus.cursor import Cursor
-from megatron_pz.corpus.paragraphs import select
-from megatron_pz.corpus.reader import read_paragraphs
+from megatron_pz.corpus.playable import read_playable
 from megatron_pz.corpus.tokenizer import check_vocab, load_tokenizer
 from megatron_pz.engine.base import Engine, converse
 from megatron_pz.errors import ConfigError, CorpusError, MegatronPZError
@@ -102,7 +101,7 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
     check_vocab(tokenizer, int(hf_config["vocab_size"]))
     templates = Templates.load(config.task.template_dir, config.task.prompt_style)
     task = make_task(config.task, config.engine, tokenizer, templates)
-    paragraphs, counts = _paragraphs(config.corpus.data_path, config, tokenizer, task.prompt_ids)
+    paragraphs, counts = read_playable(config.corpus.data_path, config, tokenizer, task.prompt_ids)
     sets = _fixed_sets(config, task, tokenizer, templates, paragraphs) if config.evaluate.eval_interval else []
 
     chunks = build_model(hf_config, config, platform, parallel)
@@ -221,25 +220,6 @@ def _memory(config: Config, engine: Engine, trainer: Trainer, platform: Platform
     return SharedMemory(engine.sleep, engine.wake, trainer.sleep, trainer.wake, platform)
 
 
-def _paragraphs(
-    path: str, config: Config, tokenizer: Tokenizer, prompt_ids: Callable[[str], Sequence[int]]
-) -> tuple[list[Paragraph], dict[str, int]]:
-    """Paragraphs of `path` that can be played, and how many were read, kept and left out."""
-    found, read = read_paragraphs(path, skip_bad_lines=config.corpus.skip_bad_lines)
-    try:
-        kept, selected = select(
-            found,
-            tokenizer,
-            config.corpus.min_paragraph_tokens,
-            config.corpus.max_paragraph_tokens,
-            prompt_ids=prompt_ids,
-            max_prompt_tokens=config.task.max_prompt_tokens,
-        )
-    except CorpusError as error:
-        raise CorpusError(f"{path}: {error}") from error
-    return kept, read | selected
-
-
 def _fixed_sets(
     config: Config, task: object, tokenizer: Tokenizer, templates: Templates, paragraphs: list[Paragraph]
 ) -> list[tuple[FixedMasks, Asker]]:
@@ -247,7 +227,7 @@ def _fixed_sets(
     sets = [(fixed_set("fixed_masks", paragraphs, asker, config.evaluate, config.task), asker)]
     if config.corpus.held_out_path:
         try:
-            held_out, _ = _paragraphs(
+            held_out, _ = read_playable(
                 config.corpus.held_out_path, config, tokenizer, lambda text: asker.mask_prompt(text).ids
             )
         except CorpusError as error:

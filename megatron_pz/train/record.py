@@ -11,13 +11,11 @@ from typing import Protocol
 
 import torch
 
-from megatron_pz.checkpoint.journal import CompletionJournal
+from megatron_pz.checkpoint.journal import JOURNAL_FOLDER, CompletionJournal
 from megatron_pz.checkpoint.weights_digest import weights_digest
 from megatron_pz.config.schema import EngineConfig
 from megatron_pz.tasks.stragglers import Place
 from megatron_pz.types import Generate
-
-JOURNAL_FOLDER = "journal"
 
 
 class Record(Protocol):

@@ -1,0 +1,137 @@
+"""Buckets are bounded, and a push leaves out the server at which anything fails (sync/buckets.py, push.py, tensor.py).
+
+The scripted server answers like SGLang's HTTP interface and has no model; real ones: tests/sglang/test_weight_sync.py.
+"""
+
+import asyncio
+import base64
+import json
+import pickle
+import tracemalloc
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_pz.engine.sglang.control import Control
+from megatron_pz.engine.sglang.faults import ServerLost, ServerRefused
+from megatron_pz.engine.sglang.io_thread import IoThread
+from megatron_pz.sync.buckets import buckets
+from megatron_pz.sync.push import WeightPush
+from megatron_pz.sync.tensor import TensorTransport
+
+
+class ScriptedClient:
+    """Writes down what it is told; `fails` is an error for a path."""
+
+    url = "http://scripted"
+
+    def __init__(self, fails=None, reads=True):
+        self.reads = reads
+        self.fails, self.paths, self.tensors, self.version = fails or {}, [], {}, "default"
+
+    async def post(self, path, body, timeout_s=None):
+        await asyncio.sleep(0)
+        self.paths.append(path)
+        if path in self.fails:
+            raise self.fails[path]
+        text = json.dumps(body).encode()  # as it goes over the wire
+        if path == "/update_weights_from_tensor" and self.reads:
+            for name, tensor in pickle.loads(base64.b64decode(json.loads(text)["serialized_named_tensors"][0])):
+                self.tensors[name] = float(tensor.sum())
+        if path == "/update_weight_version":
+            self.version = body["new_version"]
+        return {"success": True}
+
+    async def get(self, path, timeout_s=None):
+        return {"weight_version": self.version}
+
+
+@pytest.fixture(scope="module")
+def io():
+    thread = IoThread()
+    yield thread
+    thread.close()
+
+
+def weights(sizes):
+    return [(f"w{index}", torch.full((size,), float(index))) for index, size in enumerate(sizes)]
+
+
+def pushed(io, clients, tensors, bucket_bytes=5600, version=3, paused=lambda is_paused: None):
+    transport = TensorTransport(lambda given: iter(given), bucket_bytes)
+    push = WeightPush(transport, io, [Control(client) for client in clients], "retract", paused)
+    return push(tensors, version, list(range(len(clients)))), push.last
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(4, 120))
+def test_buckets_keep_the_order_and_the_bound(sizes, max_bytes):
+    found = list(buckets(weights(sizes), max_bytes))
+    assert [name for bucket in found for name, _ in bucket] == [f"w{index}" for index in range(len(sizes))]
+    for bucket in found:
+        assert len(bucket) == 1 or sum(tensor.nbytes for _, tensor in bucket) <= max_bytes
+    for one, other in zip(found, found[1:], strict=False):  # as few as there can be in this order
+        assert sum(tensor.nbytes for _, tensor in one) + other[0][1].nbytes > max_bytes
+
+
+def test_a_push_pauses_sends_flushes_stamps_and_goes_on(io):
+    client, states = ScriptedClient(), []
+    broken, report = pushed(io, [client], weights([100] * 5), 5600, paused=states.append)
+    assert broken == [] and states == [True, False]
+    assert client.tensors == {f"w{index}": 100.0 * index for index in range(5)}
+    assert client.paths == [
+        "/pause_generation",
+        "/begin_weight_update",
+        *["/update_weights_from_tensor"] * 3,  # 800 bytes a bucket: two tensors
+        "/end_weight_update",
+        "/flush_cache",
+        "/update_weight_version",
+        "/continue_generation",
+    ]
+    assert (report.num_bytes, report.largest_bucket_bytes, client.version) == (2000, 800, "3")
+
+
+@pytest.mark.parametrize(
+    ("path", "fault"),
+    [
+        ("/pause_generation", ServerLost("gone")),
+        ("/begin_weight_update", ServerRefused("u", "/begin", 400, "begun twice")),
+        ("/update_weights_from_tensor", ServerLost("gone")),
+        ("/end_weight_update", ServerLost("gone")),
+        ("/flush_cache", ServerRefused("u", "/flush_cache", 400, "requests run")),
+        ("/update_weight_version", ServerLost("gone")),
+        ("/continue_generation", ServerLost("gone")),
+    ],
+)
+def test_a_server_that_fails_anywhere_is_reported_and_told_nothing_more(io, path, fault):
+    bad, good = ScriptedClient({path: fault}), ScriptedClient()
+    broken, report = pushed(io, [bad, good], weights([100] * 5))
+    assert broken == [0] and report.faults == {0: fault}
+    assert bad.paths[-1] == path and bad.paths.count(path) == 1
+    assert good.version == "3" and len(good.tensors) == 5
+
+
+def test_a_server_that_stays_at_its_version_is_reported(io):
+    class Stubborn(ScriptedClient):
+        async def get(self, path, timeout_s=None):
+            return {"weight_version": "2"}
+
+    broken, report = pushed(io, [Stubborn()], weights([10]))
+    assert broken == [0] and "has weights of version 2; 3 were handed over" in str(report.faults[0])
+
+
+def test_what_is_under_way_stays_within_the_bound(io):
+    tensors, bound = weights([20_000] * 40), 1_200_000  # 3.2 MB in all
+
+    def peak_with(bucket_bytes):
+        client = ScriptedClient(reads=False)  # the server's own memory does not count
+        pushed(io, [client], tensors[:2], bucket_bytes)
+        tracemalloc.start()  # knows of all bytes and strings; torch's own copies, two of the seven, are not seen
+        pushed(io, [client], tensors, bucket_bytes)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    assert peak_with(bound) < bound * 5 / 7 + 100_000
+    assert peak_with(10 * bound) > 2 * bound  # so the measure sees what it should
