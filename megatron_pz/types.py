@@ -73,7 +73,7 @@ class Completion:
     logprobs: tuple[float, ...]  # one a response token: natural log, after temperature, before top-p/top-k
     finish_reason: FinishReason
     weight_versions: tuple[int, ...] = ()  # one a response token: the policy version that sampled it
-    routed_experts: Any = None  # MoE: [tokens, layers, top_k] or None
+    routed_experts: Any = None  # MoE: int [all tokens but the last, layers, top_k], or None where not asked for
 
 
 class Generate(Protocol):
@@ -144,6 +144,8 @@ class Sample:
     advantage: float
     role: Role | None  # None: supervised text
     group_id: str
+    # MoE, int16 [len(token_ids) - 1, layers, top_k]: the experts that the engine chose; None: not known
+    routed_experts: np.ndarray | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -164,6 +166,9 @@ class MicroBatch:
     rollout_log_probs: np.ndarray  # float32 [T]
     is_generator: np.ndarray  # bool [T], the role of the token's sequence
     sample_indices: tuple[int, ...]  # index of each packed sequence in the step's list of samples; -1 = padding
+    # MoE, int16 [T, layers, top_k]: experts of the token **at** t in each layer of the model, dense ones included; -1: the
+    # trainer's own choice, as at the last position of a sequence, in padding, and where a sample has none. None: none has.
+    routed_experts: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -14,6 +14,8 @@ from megatron_pz.types import MicroBatch, Role, Sample
 
 PADDING = -1
 """`MicroBatch.sample_indices` of a sequence that belongs to no sample."""
+OWN_CHOICE = -1
+"""`MicroBatch.routed_experts` of a token whose experts the trainer's own router chooses."""
 
 
 def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -79,4 +81,20 @@ def micro_batch(
             np.bool_, [[sample.role is Role.GENERATOR] * (len(sample.token_ids) - 1) for sample in chosen]
         ),
         sample_indices=(*indices, *((PADDING,) if padding else ())),
+        routed_experts=_experts(chosen, starts),
     )
+
+
+def _experts(chosen: Sequence[Sample], starts: np.ndarray) -> np.ndarray | None:
+    """int16 [T, layers, top_k] of the samples that begin at `starts`, -1 where nothing is known; None where no sample knows.
+
+    Unlike labels these speak of the token at t: it is this token that goes through the experts.
+    """
+    known = [sample.routed_experts for sample in chosen if sample.routed_experts is not None]
+    if not known:
+        return None
+    filled = np.full((int(starts[-1]), *known[0].shape[1:]), OWN_CHOICE, np.int16)
+    for start, sample in zip(starts, chosen, strict=False):
+        if sample.routed_experts is not None:
+            filled[start : start + len(sample.token_ids) - 1] = sample.routed_experts
+    return filled

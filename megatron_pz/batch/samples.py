@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from megatron_pz.types import Group, Role, Rollout, Sample
 
 
@@ -41,4 +43,6 @@ def _sample(rollout: Rollout, advantage: float, group_id: str, weight: float) ->
         advantage=advantage,
         role=rollout.role,
         group_id=group_id,
+        # The smallest type with room for any model's experts: a step has gigabytes of them.
+        routed_experts=None if completion.routed_experts is None else np.asarray(completion.routed_experts, np.int16),
     )

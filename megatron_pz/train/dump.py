@@ -98,14 +98,14 @@ def read_dump(path: Path) -> Dump:
 
 
 def _plan_record(plan: UpdatePlan) -> dict[str, Any]:
+    def portable(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return torch.from_numpy(value.copy())
+        return value if value is None else list(value)
+
+    names = [field.name for field in dataclasses.fields(MicroBatch)]
     micro_batches = [
-        [
-            {
-                name: torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else list(value)
-                for name, value in ((f.name, getattr(batch, f.name)) for f in dataclasses.fields(MicroBatch))
-            }
-            for batch in of_rank
-        ]
+        [{name: portable(getattr(batch, name)) for name in names} for batch in of_rank]
         for of_rank in plan.micro_batches
     ]
     return {"micro_batches": micro_batches, "num_tokens": plan.num_tokens, "num_samples": plan.num_samples}
@@ -113,8 +113,8 @@ def _plan_record(plan: UpdatePlan) -> dict[str, Any]:
 
 def _plan(record: dict[str, Any]) -> UpdatePlan:
     def batch(fields: dict[str, Any]) -> MicroBatch:
-        read: dict[str, Any] = {k: v.numpy() if isinstance(v, torch.Tensor) else tuple(v) for k, v in fields.items()}
-        return MicroBatch(**read)
+        read: dict[str, Any] = {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in fields.items()}
+        return MicroBatch(**read | {"sample_indices": tuple(read["sample_indices"])})
 
     micro_batches = tuple(tuple(batch(fields) for fields in of_rank) for of_rank in record["micro_batches"])
     return UpdatePlan(micro_batches, record["num_tokens"], record["num_samples"])

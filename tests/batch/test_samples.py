@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 from builders import group, rollout
 
 from megatron_pz.batch.samples import to_samples
@@ -47,3 +48,12 @@ def test_each_role_has_its_weight_and_a_role_of_weight_zero_is_left_out():
 def test_a_response_without_tokens_gives_no_sample():
     empty = replace(rollout(reward=0.0), completion=Completion((5, 9), (), (), "abort"))
     assert len(to_samples([group([rollout(), empty])])) == 1
+
+
+def test_the_experts_of_a_response_are_handed_on_and_samples_stay_comparable():
+    experts = np.arange(12, dtype=np.int32).reshape(3, 2, 2)
+    routed = replace(rollout(), completion=Completion((5, 9), (7, 1), (-0.3, -0.1), "stop", (), experts))
+    known, unknown = to_samples([group([routed, rollout(reward=0.0)])])
+    assert known.routed_experts.dtype == np.int16 and np.array_equal(known.routed_experts, experts)
+    assert unknown.routed_experts is None
+    assert known == replace(known, routed_experts=experts + 1)

@@ -21,7 +21,8 @@ from megatron_pz.types import MicroBatch  # noqa: E402
 
 
 def dump(**changes):
-    plan = plan_update([sample(), sample((1, 2, 3), (4,), advantage=-1.0)], max_tokens=4, dp_size=2)
+    routed = dataclasses.replace(sample(), routed_experts=np.arange(12, dtype=np.int16).reshape(3, 2, 2))
+    plan = plan_update([routed, sample((1, 2, 3), (4,), advantage=-1.0)], max_tokens=4, dp_size=2)
     given = {
         "step": 12,
         "rank": 1,
