@@ -110,11 +110,16 @@ def _push(
             pool.is_paused = is_paused
 
     verify = Verifier(range(1, 17), tell) if config.sglang.verify_weights else lambda receivers: None
-    transport = _transport(config, parallel, folder, io)
+    transport = make_transport(config, parallel, folder, io)
     return WeightPush(transport, io, controls, config.sglang.pause_mode, paused, verify, tell)
 
 
-def _transport(config: Config, parallel: Parallel, folder: Path, io: IoThread | None) -> Transport:
+def make_transport(config: Config, parallel: Parallel, folder: Path, io: IoThread | None) -> Transport:
+    """What `sglang.weight_transport` names. All ranks; `io` on rank 0.
+
+    Args:
+        folder: Hugging Face folder of the policy.
+    """
     sglang = config.sglang
     server_ranks, bucket_bytes = max(1, sglang.gpus_per_server), sglang.weight_bucket_mib * MIB
     if sglang.weight_transport == "disk":
