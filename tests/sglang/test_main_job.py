@@ -1,13 +1,17 @@
 """The main job with a real SGLang server: every transport, rounds ahead, stragglers, shared memory (small runs)."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from demo_runs import ROOT, TEXT, rows, run, write_text
+from demo_runs import ROOT, TEXT, arguments, rows, run, write_text
 
 from megatron_pz.report.metrics import WHEN, out_of_range
 
 POLICY = ROOT / "examples" / "demo_policy"
+LEARNS = {"n_masks_per_paragraph": 6, "n_predictions_per_mask": 8}  # nearly every round has groups that differ
 SMALL = {"paragraphs_per_step": 2, "n_masks_per_paragraph": 4, "n_predictions_per_mask": 4}
 
 
@@ -38,7 +42,7 @@ def job(place, name, steps, **flags):
 
 @pytest.mark.parametrize("transport", ["tensor", "disk", "distributed"])
 def test_server_and_trainer_agree_in_every_step(place, transport):
-    found = job(place, transport, 4, weight_transport=transport, verify_weights=True, lr=1e-3)
+    found = job(place, transport, 4, weight_transport=transport, verify_weights=True, lr=1e-3, **LEARNS)
     learned = [row for row in found if "grad_norm" in row]  # in others no group had anything to teach
     assert len(learned) >= 2
     worst = max(row["mismatch/max_abs"] for row in learned)
@@ -47,6 +51,28 @@ def test_server_and_trainer_agree_in_every_step(place, transport):
     )
     assert worst < 1e-4
     assert all(row["staleness/max"] == 0 for row in found)
+
+
+LAYOUTS = {
+    "pp2 distributed": {"pipeline_model_parallel_size": 2, "weight_transport": "distributed"},
+    "tp2 sp tensor": {"tensor_model_parallel_size": 2, "sequence_parallel": True, "weight_transport": "tensor"},
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_weights_of_two_ranks_reach_the_server_whole(place, name):
+    folder, common = place
+    flags = {**common, "train_iters": 4, "lr": 1e-3, "verify_weights": True, **LEARNS, **LAYOUTS[name]}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "megatron_pz", *arguments(folder / name, flags.pop("data_path"), **flags)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    learned = [row for row in rows(folder / name) if "grad_norm" in row]
+    assert len(learned) >= 2
+    worst = max(row["mismatch/max_abs"] for row in learned)
+    print(f"\n{name}: largest difference {worst:.1e}")
+    assert worst < 1e-4
 
 
 @pytest.mark.parametrize("ahead", [1, 2])
