@@ -22,6 +22,7 @@ from megatron_pz.engine.sglang.engine import SGLangEngine
 from megatron_pz.engine.sglang.fleet import Fleet
 from megatron_pz.engine.sglang.io_thread import IoThread
 from megatron_pz.engine.sglang.pool import Pool
+from megatron_pz.engine.sglang.served import check_served
 from megatron_pz.engine.sglang.specs import make_fleet
 from megatron_pz.platform.base import torch_dtype
 from megatron_pz.sync.collective import CollectiveTransport, make_stages
@@ -52,7 +53,7 @@ def make_engine(
         tell: shows a line to the user.
 
     Raises:
-        EngineError: servers cannot be started or reached, or the layout cannot sample.
+        EngineError: servers cannot be started or reached or serve another model, or the layout cannot sample.
     """
     if config.engine.engine == "embedded":
         return embedded_engine(chunks, config.engine)
@@ -78,6 +79,8 @@ def make_engine(
         clients = [client(url) for url in fleet.urls]
         pool = Pool(clients, config.engine.max_running_requests, config.sglang.request_timeout_s, router)
         controls = [Control(one) for one in clients]
+        for control in controls:
+            check_served(control.url, io.run(control.model_info()), hf_config)
         push = _push(config, parallel, folder, tell, io, controls, pool)
     except BaseException:
         fleet.stop()
