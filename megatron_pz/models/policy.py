@@ -6,7 +6,7 @@ Shapes: T packed tokens, H hidden size, V vocabulary of the tokenizer, s new tok
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from megatron_pz.models.names import TensorShape
 from megatron_pz.models.random_init import initialize
 from megatron_pz.models.registry import family as family_of
 from megatron_pz.models.rotary import PositionedRotaryEmbedding
+from megatron_pz.models.routing_replay import RoutingReplay
 from megatron_pz.models.transformer import padded_vocab_size, transformer_config
 from megatron_pz.platform.base import Platform
 from megatron_pz.platform.cpu_layers import KeyValueCache
@@ -62,6 +63,7 @@ class PolicyModel(GPTModel):
         self.hf_config = dict(hf_config)
         self.tensor_shape = shape
         self.chunk_tokens = chunk_tokens
+        self.routing_replay: RoutingReplay | None = None
         self.rotary_pos_emb = PositionedRotaryEmbedding(
             kv_channels=config.kv_channels,
             rotary_percent=1.0,
@@ -81,6 +83,7 @@ class PolicyModel(GPTModel):
         labels: Tensor | None = None,
         temperature: float = 1.0,
         logits_at: Tensor | None = None,
+        routed_experts: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """What this stage knows of the tokens.
@@ -93,13 +96,18 @@ class PolicyModel(GPTModel):
             labels: int64 [1, T], the token after each; None: logits are wanted.
             temperature: logits are divided by it before the log-softmax (with `labels` only).
             logits_at: int64 [n], positions in the row whose logits are wanted; None: all.
+            routed_experts: integers [T, layers of this stage with experts, k], from `routing_replay.of_stage`: where the
+                tokens go; None: routers choose.
 
         Returns:
             Stages before the last: hidden states, for the next. Last stage with labels: float32 [2, T], log-probability
             of each label and entropy (no gradient) of its distribution. Last stage without: logits [1, T or n, V], whole
             on every tensor-parallel rank.
         """
-        hidden = super().forward(input_ids, position_ids, attention_mask, packed_seq_params=packed_seq_params, **kwargs)
+        with self._routed(routed_experts):
+            hidden = super().forward(
+                input_ids, position_ids, attention_mask, packed_seq_params=packed_seq_params, **kwargs
+            )
         if not self.post_process:
             return hidden
         hidden = self._whole(hidden)
@@ -115,6 +123,12 @@ class PolicyModel(GPTModel):
             tp_group=self.pg_collection.tp,
         )
         return torch.stack([log_probs, entropy])
+
+    def _routed(self, experts: Tensor | None) -> AbstractContextManager[None]:
+        if self.routing_replay is not None:
+            return self.routing_replay.choosing(experts, self.pg_collection.tp)
+        assert experts is None, "experts are given to a model without routing_replay"
+        return nullcontext()
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Hidden states as they are: `forward` has its own head."""
@@ -184,7 +198,8 @@ def build_policy(
 
     Raises:
         ModelError: the family is unknown, or config.json is not as it needs.
-        ConfigError: `[transformer]` has an unknown name, or the layers asked for cannot be had here.
+        ConfigError: `[transformer]` has an unknown name, or the layers asked for cannot be had here, or
+            `train.routing_replay` needs routers that there are not.
         LayoutError: the layout does not divide the model.
     """
     family = family_of(hf_config)
@@ -205,6 +220,8 @@ def build_policy(
         post_process=post_process,
         vp_stage=vp_stage,
     )
+    if config.train.routing_replay:
+        model.routing_replay = RoutingReplay(model.decoder.layers, transformer)
     if config.model.init == "random":
         initialize(model, config.train.seed)
     return model.to(platform.device)

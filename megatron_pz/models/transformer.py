@@ -119,6 +119,7 @@ def transformer_config(family: Family, hf: HfConfig, config: Config, platform: P
     is_half = config.model.params_dtype == "bfloat16"
     precision = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": is_half}
     owned = dict.fromkeys(layout, "parallel") | dict.fromkeys(precision, "model")
+    owned["moe_enable_routing_replay"] = "train"  # by `routing_replay`, whose place Megatron's own would take
     overrides = checked_overrides(config.transformer, owned)
     if fields.get("num_moe_experts"):
         fields["moe_router_dtype"] = "fp32" if is_half else None

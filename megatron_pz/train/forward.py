@@ -17,6 +17,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_pz.models.routing_replay import UNKNOWN, RoutingReplay
+from megatron_pz.models.shards import unwrap
 from megatron_pz.platform.base import Platform
 from megatron_pz.types import MicroBatch
 
@@ -38,6 +40,8 @@ class DeviceBatch:
     is_generator: Tensor  # bool [T]
     old_log_probs: Tensor | None  # float32 [T], of the trainer before the update
     ref_log_probs: Tensor | None  # float32 [T], of the reference policy
+    routed_experts: Tensor | None  # int16 [T, layers of this stage with experts, k]; None: routers choose
+    is_replayed: Tensor  # bool [T], whether the token at the position goes where the engine sent it
 
 
 Objective = Callable[[DeviceBatch, Tensor], tuple[Tensor, Tensor, Any]]
@@ -45,9 +49,19 @@ Objective = Callable[[DeviceBatch, Tensor], tuple[Tensor, Tensor, Any]]
 
 
 def on_device(
-    batch: MicroBatch, platform: Platform, old: np.ndarray | None = None, ref: np.ndarray | None = None
+    batch: MicroBatch,
+    platform: Platform,
+    old: np.ndarray | None = None,
+    ref: np.ndarray | None = None,
+    replay: RoutingReplay | None = None,
 ) -> DeviceBatch:
-    """The micro-batch on the platform's device."""
+    """The micro-batch on the platform's device; its routed experts too, where there is a `replay`.
+
+    Raises:
+        EngineError: routed experts are not those of this model.
+    """
+    experts = None if replay is None else batch.routed_experts
+    of_stage = None if replay is None or experts is None else replay.of_stage(experts)
 
     def tensor(values: np.ndarray) -> Tensor:
         return torch.as_tensor(values).to(platform.device, non_blocking=True)
@@ -63,6 +77,8 @@ def on_device(
         is_generator=tensor(batch.is_generator),
         old_log_probs=None if old is None else tensor(old),
         ref_log_probs=None if ref is None else tensor(ref),
+        routed_experts=None if of_stage is None else tensor(of_stage),
+        is_replayed=tensor(np.zeros(batch.num_tokens, np.bool_) if experts is None else experts[:, 0, 0] != UNKNOWN),
     )
 
 
@@ -76,6 +92,7 @@ def run_schedule(
     old_log_probs: LogProbs | None = None,
     ref_log_probs: LogProbs | None = None,
     forward_only: bool = False,
+    replays_routing: bool = True,
 ) -> list[Any]:
     """Send the micro-batches of this rank through its pipeline; gradients are finished when it returns.
 
@@ -89,10 +106,15 @@ def run_schedule(
         old_log_probs: handed on to the objective.
         ref_log_probs: handed on to the objective.
         forward_only: no backward; gradients are left as they are.
+        replays_routing: tokens go to the experts that the micro-batches name, if the model was built for it.
 
     Returns:
         What the objective gave to be collected, in the order of the micro-batches; on the last stage only.
     """
+
+    replay = unwrap(chunks[0]).routing_replay if replays_routing else None
+    if replay is not None:
+        replay.forget()
 
     def batches() -> Iterator[DeviceBatch]:
         for place, batch in enumerate(micro_batches):
@@ -101,6 +123,7 @@ def run_schedule(
                 platform,
                 None if old_log_probs is None else old_log_probs[place],
                 None if ref_log_probs is None else ref_log_probs[place],
+                replay,
             )
 
     def forward_step(data: Iterator[DeviceBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
@@ -111,6 +134,7 @@ def run_schedule(
             packed_seq_params=batch.packed_seq_params,
             labels=batch.labels,
             temperature=temperature,
+            routed_experts=batch.routed_experts,
         )
         return output, partial(objective, batch)
 

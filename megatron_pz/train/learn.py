@@ -74,9 +74,9 @@ class Learner:
     def _mine(self, plan: UpdatePlan) -> tuple[MicroBatch, ...]:
         return plan.micro_batches[self.trainer.parallel.dp_rank]
 
-    def _score(self, plan: UpdatePlan) -> list[np.ndarray]:
+    def _score(self, plan: UpdatePlan, *, replays_routing: bool = True) -> list[np.ndarray]:
         with self._timers("score"):
-            return self.trainer.score(self._mine(plan))
+            return self.trainer.score(self._mine(plan), replays_routing=replays_routing)
 
     def _weights(self) -> Weights:
         return [
@@ -85,12 +85,15 @@ class Learner:
         ]
 
     def _score_reference(self, plan: UpdatePlan) -> list[np.ndarray]:
-        """Log-probs under the initial policy, whose weights stand in for the policy's while they are taken."""
+        """Log-probs under the initial policy, whose weights stand in for the policy's while they are taken.
+
+        It routes by itself: the server's choice is that of other weights.
+        """
         assert self._reference is not None
         current = self._weights()
         try:
             self._put(self._reference)
-            return self._score(plan)
+            return self._score(plan, replays_routing=False)
         finally:
             self._put(current)
 

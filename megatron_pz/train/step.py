@@ -29,7 +29,7 @@ from megatron_pz.types import MicroBatch, UpdatePlan, UpdateResult
 SUPERVISED_TASKS = ("continue_pt", "sft")
 SUMS = (
     *("loss", "tokens", "packed", "tokens_mask", "entropy_mask", "entropy_prediction"),
-    *("ratio", "clipped", "importance_clipped", "mismatch_k3", "ref_kl", "broken"),
+    *("ratio", "clipped", "importance_clipped", "replayed", "mismatch_k3", "ref_kl", "broken"),
 )
 """What micro-batches add to a step's metrics, see `train.loss`; `broken` counts those whose loss is not finite."""
 
@@ -125,10 +125,14 @@ class Trainer:
         return UpdateResult(applied=True, loss=loss, grad_norm=grad_norm, lr=lr, metrics=metrics)
 
     @torch.no_grad()
-    def score(self, micro_batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+    def score(self, micro_batches: Sequence[MicroBatch], *, replays_routing: bool = True) -> list[np.ndarray]:
         """Log-probs of the trained tokens under the present weights: float32 [T] a micro-batch, 0 elsewhere.
 
         Collective, as `step`; ranks of one pipeline all have the result.
+
+        Args:
+            micro_batches: of this rank's `dp_rank`.
+            replays_routing: under `train.routing_replay`, on the experts that the micro-batches name, as `step`.
         """
 
         def keep(batch: DeviceBatch, output: Tensor) -> tuple[Tensor, Tensor, np.ndarray]:
@@ -140,7 +144,13 @@ class Trainer:
             chunk.eval()
         try:
             scored = run_schedule(
-                self.chunks, micro_batches, keep, self.platform, temperature=self.temperature, forward_only=True
+                self.chunks,
+                micro_batches,
+                keep,
+                self.platform,
+                temperature=self.temperature,
+                forward_only=True,
+                replays_routing=replays_routing,
             )
         finally:
             for chunk in self.chunks:
@@ -165,6 +175,7 @@ class Trainer:
         stats |= token_sums(before, rollout_log_probs, entropy, batch.weights, batch.is_generator)
         value = loss.detach().double()
         stats |= {"loss": value, "broken": (~torch.isfinite(value)).double()}
+        stats["replayed"] = (batch.is_replayed & (batch.weights > 0)).sum().double()
         return loss, _count(batch.weights), stats
 
     def _policy_loss(self, batch: DeviceBatch, log_probs: Tensor, before: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -235,6 +246,8 @@ class Trainer:
             metrics["ref_kl"] = sums["ref_kl"] / tokens
         if self.config.train.importance_sampling != "off":
             metrics["mismatch/clipped_share"] = sums["importance_clipped"] / tokens
+        if self.config.train.routing_replay:
+            metrics["mismatch/replayed_share"] = sums["replayed"] / tokens
         return metrics | {
             "token_share/mask": of_masks / tokens,
             "mismatch_kl": sums["mismatch_k3"] / tokens,
