@@ -63,6 +63,7 @@ MOE = UNTIED | {
 MODELS = {"dense": DENSE, "untied": UNTIED, "moe": MOE}
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 AUX = {"moe_aux_loss_coeff": 0.01}
+RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 EP2, SP = {"expert_model_parallel_size": 2}, {"sequence_parallel": True}
 
 
@@ -75,6 +76,7 @@ class Case:
     ddp: dict[str, Any] = field(default_factory=dict)
     rescored: bool = False  # old log-probs and a reference from `score`
     importance: str = "off"
+    replayed: bool = False  # every sample but one names its tokens' experts
     align: int = 1
     transformer: dict[str, Any] = field(default_factory=dict)
     updated: bool = False  # compare what one step of the distributed optimizer changes, instead of gradients
@@ -107,6 +109,9 @@ TWO = {
     # The auxiliary loss is a function of each micro-batch: the reference must have the same ones, padding included.
     "moe tp2 sp, auxiliary loss": Case("moe", TP2 | SP, align=2, transformer=AUX),
     "moe tp2 sp ep2, auxiliary loss": Case("moe", TP2 | SP | EP2, align=2, transformer=AUX),
+    "moe dp2, replayed": Case("moe", replayed=True),
+    "moe tp2 sp ep2, replayed": Case("moe", TP2 | SP | EP2, replayed=True),
+    "moe pp2, replayed and recomputed": Case("moe", PP2, replayed=True, transformer=RECOMPUTED),
     "dp2, updated": Case(updated=True),
     "dp2, updated, overlapped": Case(updated=True, ddp={"overlap_grad_reduce": True, "overlap_param_gather": True}),
     "moe ep2, updated": Case("moe", EP2, updated=True),
@@ -120,7 +125,13 @@ FOUR = {
 }
 
 
-def samples(poisoned: bool = False) -> list[Sample]:
+def routing(num_tokens: int, layers: int, experts: int, topk: int, seed: int) -> np.ndarray:
+    """Experts drawn by lot, int16 [num_tokens, layers, topk]."""
+    rng = np.random.default_rng(seed)
+    return rng.random((num_tokens, layers, experts)).argsort(-1)[..., :topk].astype(np.int16)
+
+
+def samples(poisoned: bool = False, replayed: bool = False) -> list[Sample]:
     """Ragged sequences of both roles; engine log-probs are near a random policy's, so that some ratios are clipped."""
     rng = np.random.default_rng(5)
     made = []
@@ -138,6 +149,7 @@ def samples(poisoned: bool = False) -> list[Sample]:
                 advantage=float("nan") if poisoned and index == 4 else float(rng.normal()),
                 role=role,
                 group_id=f"1.0.{index}",
+                routed_experts=routing(length - 1, 2, 4, 2, seed=index) if replayed and index != 3 else None,
             )
         )
     return made
@@ -154,6 +166,7 @@ def build(case: Case) -> tuple[Parallel, Trainer, UpdatePlan]:
             kl_coef=0.1 * case.rescored,
             clip_grad=float(case.updated),
             importance_sampling=case.importance,
+            routing_replay=case.replayed,
         ),
         transformer=case.transformer,
         ddp=case.ddp,
@@ -161,7 +174,7 @@ def build(case: Case) -> tuple[Parallel, Trainer, UpdatePlan]:
     parallel = init_parallel(config.parallel, PLATFORM, seed=1)
     trainer = Trainer(build_model(MODELS[case.model], config, PLATFORM, parallel), config, PLATFORM, parallel)
     plan = plan_update(
-        samples(case.poisoned),
+        samples(case.poisoned, case.replayed),
         max_tokens=case.max_tokens,
         dp_size=parallel.dp_size,
         loss_aggregation=case.mean,

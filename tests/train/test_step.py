@@ -40,6 +40,13 @@ TINY = {
     "max_position_embeddings": 64,
     "initializer_range": 0.1,
 }
+MOE = TINY | {
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+}
 SAMPLES = [
     sample((5, 9, 20), (7, 1), role=Role.GENERATOR, advantage=1.0),
     sample((5, 9), (11, 3, 1), advantage=-0.5),
@@ -58,14 +65,14 @@ def parallel():
 def trainer(parallel):
     """Makes a trainer; fields of `[train]` by name, others by section."""
 
-    def make(model=None, task="pretrain_zero", temperature=1.0, **train):
+    def make(model=None, task="pretrain_zero", temperature=1.0, hf_config=TINY, **train):
         config = Config(
             model=model or ModelConfig(init="random"),
             task=TaskConfig(task=task),
             engine=EngineConfig(temperature=temperature),
             train=TrainConfig(**{"lr": 1e-2, "lr_decay_style": "constant", **train}),
         )
-        return Trainer(build_model(TINY, config, PLATFORM, parallel), config, PLATFORM, parallel)
+        return Trainer(build_model(hf_config, config, PLATFORM, parallel), config, PLATFORM, parallel)
 
     return make
 
@@ -231,6 +238,58 @@ def test_in_later_updates_of_a_batch_importance_stays_that_of_the_policy_before_
     assert metrics["mismatch/clipped_share"] == pytest.approx((0 + 2 / 5) / 2)
     assert metrics["mismatch/max_abs"] == pytest.approx((math.log(1.5) + math.log(3.0)) / 2, rel=1e-4)
     assert metrics["ratio/mean"] != pytest.approx(1, abs=1e-4)  # moved by the first update
+
+
+def routed(samples):
+    """All but the last sample with experts drawn by lot."""
+    rng = np.random.default_rng(0)
+
+    def experts(num_tokens):
+        return rng.random((num_tokens - 1, 2, 8)).argsort(-1)[..., :2].astype(np.int16)
+
+    return [*(replace(s, routed_experts=experts(len(s.token_ids))) for s in samples[:-1]), samples[-1]]
+
+
+def test_with_routing_replay_scores_and_updates_follow_the_server_s_experts_and_tell_for_how_many_tokens(trainer):
+    one = trainer(hf_config=MOE, routing_replay=True)
+    plan = plan_update(routed(SAMPLES), max_tokens=64)
+    (batch,) = plan.micro_batches[0]
+    (own,), (replayed,) = one.score([batch], replays_routing=False), one.score([batch])
+    at = list(zip(batch.cu_seqlens, batch.cu_seqlens[1:], batch.sample_indices, strict=False))
+    for start, end, index in at:
+        wanted = log_probs_of(one, SAMPLES[index].token_ids).numpy() * (np.array(SAMPLES[index].loss_weights[1:]) > 0)
+        np.testing.assert_allclose(own[start : end - 1], wanted, atol=2e-6)
+        if index == 2:  # no server has told its experts
+            np.testing.assert_allclose(replayed[start:end], own[start:end], atol=2e-6)
+        else:
+            assert np.abs(replayed[start:end] - own[start:end]).max() > 1e-3
+    as_replayed = replace(batch, rollout_log_probs=replayed)
+    metrics = one.step(replace(plan, micro_batches=((as_replayed,),)), lr_step=1).metrics
+    assert metrics["mismatch/max_abs"] < 1e-5
+    assert metrics["mismatch/replayed_share"] == pytest.approx(5 / 7)
+    check(metrics)
+
+
+def test_without_routing_replay_the_experts_of_a_micro_batch_are_not_looked_at(trainer):
+    with_them, without = (trainer(hf_config=MOE) for _ in range(2))
+    samples = scored(without, SAMPLES)
+    found = [
+        one.step(plan_update(given, max_tokens=64), lr_step=1)
+        for one, given in ((with_them, routed(samples)), (without, samples))
+    ]
+    assert found[0] == found[1]
+
+
+def test_the_reference_goes_by_its_own_routing(trainer, tmp_path):
+    one = trainer(hf_config=MOE, routing_replay=True, kl_coef=0.1)
+    plan = plan_update(routed(SAMPLES), max_tokens=64)
+    learner = Learner(one, one.config.train, tmp_path, rank=0)
+    own, replayed = one.score(plan.micro_batches[0], replays_routing=False), one.score(plan.micro_batches[0])
+    distances = [
+        k3(torch.tensor(o - r, dtype=torch.float64))[b.loss_weights > 0].sum().item()
+        for o, r, b in zip(own, replayed, plan.micro_batches[0], strict=True)
+    ]
+    assert learner.learn([plan], step=1).metrics["ref_kl"] == pytest.approx(sum(distances) / 7, rel=1e-4)
 
 
 def test_the_kl_to_the_reference_pulls_and_is_reported(trainer):
