@@ -1,15 +1,28 @@
-"""What is sent to a server, what is refused before it is sent, and which replies are not believed (engine/sglang/client.py).
+"""What one server is sent, what is read of its reply, and what becomes of a fault (engine/sglang/client.py).
 
-The server is the fake; the real one answers in tests/sglang/test_client.py.
+The server is tests/fault_injecting_fake.py; the real one: tests/sglang/test_client_real.py.
 """
 
+import asyncio
 import base64
-import json
 import math
+import re
+import time
 
 import numpy as np
 import pytest
-from fault_injecting_fake import CONTEXT_LENGTH, VOCAB_SIZE, FaultInjectingFake, is_answer
+from fault_injecting_fake import (
+    EXPERTS_SHAPE,
+    VOCAB_SIZE,
+    FakeServer,
+    answer,
+    changed,
+    cut_before,
+    cut_within,
+    expected,
+    hang,
+    refuse,
+)
 
 from megatron_pz.engine.sglang.client import Client
 from megatron_pz.engine.sglang.faults import ServerBusy, ServerLost, ServerRefused
@@ -17,198 +30,264 @@ from megatron_pz.errors import EngineError
 from megatron_pz.types import SamplingParams
 
 PARAMS = SamplingParams(max_new_tokens=3)
+CONTEXT_LENGTH = 16
 
 
-async def ask(word=None, ids=(5, 6), params=PARAMS, **about):
-    """The completion that comes of a reply that `word` of the fake's script makes, and the fake."""
-    async with FaultInjectingFake([word]) as fake:
-        client = Client(fake.url, "key", vocab_size=VOCAB_SIZE, context_length=CONTEXT_LENGTH, **about)
-        try:
-            return await client.generate("rid", ids, params), fake
-        finally:
-            await client.close()
+@pytest.fixture
+async def fake():
+    async with FakeServer() as server:
+        yield server
 
 
-def meta(**changes):
-    """A word of the fake's script: the reply with other fields in `meta_info`."""
-    return lambda reply: reply | {"meta_info": reply["meta_info"] | changes}
+@pytest.fixture
+async def client(fake):
+    made = Client(fake.url, "the key", vocab_size=VOCAB_SIZE, context_length=CONTEXT_LENGTH, health_timeout_s=0.2)
+    yield made
+    await made.close()
 
 
-async def test_ids_go_out_and_ids_with_log_probs_come_back():
-    params = SamplingParams(3, temperature=0.7, top_p=0.9, top_k=5, stop_token_ids=(1, 2))
-    completion, fake = await ask(ids=(5, 6), params=params)
-    assert fake.requests == [
-        {
-            "rid": "rid",
-            "input_ids": [5, 6],
-            "sampling_params": {
-                "max_new_tokens": 3,
-                "temperature": 0.7,
-                "top_p": 0.9,
-                "top_k": 5,
-                "stop_token_ids": [1, 2],
-            },
-            "return_logprob": True,
-        }
-    ]
-    assert fake.headers[0]["Authorization"] == "Bearer key"
-    assert completion.prompt_ids == (5, 6)
-    assert completion.token_ids == (11, 12, 13)
-    assert completion.logprobs == (-0.5, -0.5, -0.5)
-    assert completion.finish_reason == "length"
-    assert completion.weight_versions == (3, 3, 3)
-    assert completion.routed_experts is None
-
-
-async def test_greedy_is_temperature_0_and_top_k_0_is_off():
-    _, fake = await ask(params=SamplingParams(1, temperature=0.0, top_k=0))
-    assert fake.requests[0]["sampling_params"]["temperature"] == 0.0
-    assert fake.requests[0]["sampling_params"]["top_k"] == -1
-
-
-async def test_ids_may_be_numpys():
-    completion, fake = await ask(ids=np.array([5, 6]))
-    assert fake.requests[0]["input_ids"] == [5, 6]
-    assert completion.prompt_ids == (5, 6) and is_answer(completion, 3)
-
-
-@pytest.mark.parametrize(
-    ("ids", "params", "told"),
-    [
-        ((), PARAMS, "no tokens"),
-        ((5, 100, 6), PARAMS, r"Token 1 of the prompt is 100; ids of this model are 0 to 99"),
-        ((5, 6, -1), PARAMS, r"Token 2 of the prompt is -1; ids of this model are 0 to 99"),
-        ((5, 6.0), PARAMS, r"Token 1 of the prompt is 6.0; ids are integers"),
-        ((5,), SamplingParams(0), "max_new_tokens is 0"),
-        ((5,) * 40, SamplingParams(25), "prompt of 40 tokens and a response of up to 25 do not fit .* 64"),
-    ],
-)
-async def test_what_would_hurt_a_server_is_not_sent(ids, params, told):
-    async with FaultInjectingFake() as fake:
-        client = Client(fake.url, "", vocab_size=VOCAB_SIZE, context_length=CONTEXT_LENGTH)
-        with pytest.raises(EngineError, match=told):
-            await client.generate("rid", ids, params)
+async def with_experts(fake, prompt_ids, params):
+    client = Client(fake.url, "", vocab_size=VOCAB_SIZE, context_length=CONTEXT_LENGTH, experts_shape=EXPERTS_SHAPE)
+    try:
+        return await client.generate("r", prompt_ids, params)
+    finally:
         await client.close()
-        assert fake.requests == []
 
 
-async def test_a_request_that_just_fits_is_sent():
-    completion, _ = await ask(ids=(99,) * 40, params=SamplingParams(24))
-    assert len(completion.token_ids) == 24
-
-
-@pytest.mark.parametrize("reason", ["stop", "length", "abort"])
-async def test_the_reason_of_the_end_is_told(reason):
-    completion, _ = await ask(meta(finish_reason={"type": reason, "matched": 1}))
-    assert completion.finish_reason == reason
-
-
-async def test_every_token_has_the_version_of_the_weights_that_sampled_it():
-    spans = [{"version": "7", "start": 0, "end": 1}, {"version": "8", "start": 1, "end": 3}]
-    completion, _ = await ask(meta(weight_versions=spans))
-    assert completion.weight_versions == (7, 8, 8)
-    completion, _ = await ask(meta(weight_versions=None, weight_version="9"))
-    assert completion.weight_versions == (9, 9, 9)
-    completion, _ = await ask(meta(weight_version="default", weight_versions=None))
-    assert completion.weight_versions == (-1, -1, -1)  # of the model's folder, not of the trainer
-
-
-async def test_the_experts_of_every_token_but_the_last_are_decoded():
-    experts = np.arange(4 * 2 * 2, dtype=np.int32)  # 2 + 3 - 1 tokens, 2 layers, 2 experts
-    coded = base64.b64encode(experts.tobytes()).decode()
-    completion, fake = await ask(meta(routed_experts=coded), experts_shape=(2, 2))
-    assert fake.requests[0]["return_routed_experts"] is True
-    assert np.array_equal(completion.routed_experts, experts.reshape(4, 2, 2))
-    with pytest.raises(EngineError, match="--enable-return-routed-experts"):
-        await ask(None, experts_shape=(2, 2))
-    with pytest.raises(EngineError, match="cannot reshape array of size 16"):
-        await ask(meta(routed_experts=coded), ids=(1, 2, 3), experts_shape=(2, 2))
+# ---- what is sent
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("prompt_ids", "count", "told"),
     [
-        (lambda reply: reply | {"output_ids": [11, 12, 14]}, "log-probs of 3 others"),
-        (lambda reply: reply | {"output_ids": [11, 12]}, "2 tokens have log-probs of 3 others"),
-        (meta(output_token_logprobs=None), "not enough values"),
-        (meta(output_token_logprobs=[[-0.5, 11, None], [None, 12, None], [-0.5, 13, None]]), "NoneType"),
-        (meta(output_token_logprobs=[[-0.5, 11, None], [math.nan, 12, None], [-0.5, 13, None]]), "not finite"),
-        (meta(output_token_logprobs=[[-0.5, 11, None], [-math.inf, 12, None], [-0.5, 13, None]]), "not finite"),
-        (meta(finish_reason=None), "NoneType"),
-        (meta(finish_reason={"type": "tired"}), "tired"),
-        (meta(weight_versions=[{"version": "7", "start": 0, "end": 2}]), "3 tokens have versions of 2"),
-        (lambda reply: [reply, reply], "cannot read"),
-        (lambda reply: "Service is fine", "Service is fine"),
-        (lambda reply: {"error": {"message": "nothing today"}}, "nothing today"),
+        ((), 3, "no tokens"),
+        ((1, VOCAB_SIZE), 3, r"Token 1 of the prompt is 100; ids of this model are 0 to 99"),
+        ((1, 2, -1), 3, r"Token 2 of the prompt is -1"),
+        ((1, 2.0), 3, r"Token 1 of the prompt is 2.0; ids are integers"),
+        ((1, None), 3, r"Token 1 of the prompt is None"),
+        ((1,), 0, r"max_new_tokens is 0"),
+        (
+            range(14),
+            3,
+            r"14 tokens and a response of up to 3 do not fit the servers' context of 16.*--max-prompt-tokens",
+        ),
     ],
 )
-async def test_a_reply_that_is_not_what_was_asked_for_is_an_error(word, told):
-    with pytest.raises(EngineError, match=told) as error:
-        await ask(word)
-    assert "/generate answered what this client cannot read" in str(error.value)
-    assert not isinstance(error.value, ServerLost)
+async def test_a_request_out_of_range_is_not_sent(fake, client, prompt_ids, count, told):
+    with pytest.raises(EngineError, match=told):
+        await client.generate("r", prompt_ids, SamplingParams(count))
+    assert fake.received == []
 
 
-async def test_ids_outside_the_vocabulary_and_more_tokens_than_asked_for_are_errors():
-    def scored(ids):
-        return lambda reply: {
-            "output_ids": ids,
-            "meta_info": reply["meta_info"] | {"output_token_logprobs": [[-0.5, token, None] for token in ids]},
-        }
+async def test_what_just_fits_is_sent(fake, client):
+    assert len((await client.generate("r", [VOCAB_SIZE - 1, 0] + [5] * 11, PARAMS)).token_ids) == 3
 
-    for ids in ([11, 100, 13], [11, -1, 13]):
-        with pytest.raises(EngineError, match="outside 0 to 99"):
-            await ask(scored(ids))
+
+async def test_ids_of_numpy_are_sent_as_numbers(fake, client):
+    found = await client.generate("r", np.array([1, 2], dtype=np.int64), PARAMS)
+    assert fake.received[0]["input_ids"] == [1, 2]
+    assert found.prompt_ids == (1, 2) and all(type(token) is int for token in found.prompt_ids)
+
+
+async def test_every_setting_of_the_sampling_reaches_the_server_under_the_key(fake, client):
+    await client.generate("name", [1], SamplingParams(2, temperature=0.5, top_p=0.9, top_k=7, stop_token_ids=(4, 5)))
+    await client.generate("other", [1], SamplingParams(2))
+    first, second = fake.received
+    assert first == {
+        "rid": "name",
+        "input_ids": [1],
+        "sampling_params": {
+            "max_new_tokens": 2,
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "top_k": 7,
+            "stop_token_ids": [4, 5],
+        },
+        "return_logprob": True,
+    }
+    assert second["sampling_params"]["top_k"] == -1  # off
+    assert fake.headers[0]["Authorization"] == "Bearer the key"
+
+
+# ---- what is read
+
+
+async def test_a_reply_is_read_field_by_field(fake, client):
+    fake.version = 7
+    found = await client.generate("r", [40, 50], PARAMS)
+    assert found.prompt_ids == (40, 50)
+    assert found.token_ids == (91, 92, 93)
+    assert found.logprobs == (-0.125, -0.25, -0.375)
+    assert found.finish_reason == "length"
+    assert found.weight_versions == (7, 7, 7)
+    assert found.routed_experts is None
+
+
+async def test_a_stop_is_told_from_a_length(fake, client):
+    fake.next.append(changed(lambda reply: reply["meta_info"].update(finish_reason={"type": "stop", "matched": 2})))
+    assert (await client.generate("r", [1], PARAMS)).finish_reason == "stop"
+
+
+async def test_versions_are_those_of_each_token(fake, client):
+    spans = [{"version": "default", "start": 0, "end": 1}, {"version": "12", "start": 1, "end": 3}]
+    fake.next.append(changed(lambda reply: reply["meta_info"].update(weight_versions=spans)))
+    assert (await client.generate("r", [1], PARAMS)).weight_versions == (-1, 12, 12)
+
+
+async def test_experts_are_an_array_of_every_token_but_the_last(fake):
+    found = await with_experts(fake, [1, 2, 3], PARAMS)
+    assert fake.received[0]["return_routed_experts"] is True
+    assert found.routed_experts.shape == (3 + 3 - 1, *EXPERTS_SHAPE) and found.routed_experts.dtype == np.int32
+    assert found.routed_experts.ravel().tolist() == list(range(5 * 2 * 3))
+
+
+def cut_short(reply):
+    """Give the request up after one token."""
+    meta = reply["meta_info"]
+    reply["output_ids"] = reply["output_ids"][:1]
+    meta.update(output_token_logprobs=meta["output_token_logprobs"][:1], finish_reason={"type": "abort"})
+
+
+async def test_a_response_given_up_keeps_its_tokens(fake, client):
+    fake.next.append(changed(cut_short))
+    found = await client.generate("r", [1], PARAMS)
+    assert (found.finish_reason, found.token_ids, found.logprobs) == ("abort", (2,), (-0.125,))
+
+
+async def test_one_given_up_before_its_first_token_is_empty(fake, client):
+    def nothing(reply):
+        reply["output_ids"] = []
+        reply["meta_info"].update(output_token_logprobs=[], finish_reason={"type": "abort"})
+
+    fake.next.append(changed(nothing))
+    found = await client.generate("r", [1], PARAMS)
+    assert (found.finish_reason, found.token_ids, found.logprobs, found.weight_versions) == ("abort", (), (), ())
+
+
+def in_meta(**fields):
+    return changed(lambda reply: reply["meta_info"].update(fields))
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "told"),
+    [
+        (changed(lambda reply: reply.update(output_ids=[2, 3, 5])), "log-probs of 3 others"),
+        (changed(lambda reply: reply.update(output_ids=[2, 3])), "2 tokens have log-probs of 3 others"),
+        (changed(lambda reply: reply.pop("output_ids")), "KeyError.*output_ids"),
+        (changed(lambda reply: reply.pop("meta_info")), "KeyError.*meta_info"),
+        (in_meta(output_token_logprobs=None), "log-probs of 0 others"),
+        (in_meta(output_token_logprobs=[[-1, 2], [math.nan, 3], [-1, 4]]), "log-prob is not finite"),
+        (in_meta(output_token_logprobs=[[-1, 2], [-math.inf, 3], [-1, 4]]), "log-prob is not finite"),
+        (in_meta(output_token_logprobs=[[-1, 2], [None, 3], [-1, 4]]), "TypeError"),
+        (in_meta(finish_reason={"type": "tired"}), "tired"),
+        (in_meta(finish_reason=None), "TypeError"),
+        (in_meta(weight_versions=[{"version": "1", "start": 0, "end": 2}]), "3 tokens have versions of 2"),
+        (refuse(200, "good day"), "good day"),
+        (refuse(200, "[]"), "TypeError"),
+    ],
+)
+async def test_a_reply_that_is_not_what_was_asked_for_is_an_error_with_its_words(fake, client, behaviour, told):
+    fake.next.append(behaviour)
+    with pytest.raises(
+        EngineError, match=rf"(?s){re.escape(fake.url)}/generate answered what this client cannot.*{told}"
+    ):
+        await client.generate("r", [1], PARAMS)
+
+
+async def test_ids_outside_the_vocabulary_and_too_many_of_them_are_errors(fake, client):
+    def strange(reply):
+        reply["output_ids"][1] = VOCAB_SIZE
+        reply["meta_info"]["output_token_logprobs"][1][1] = VOCAB_SIZE
+
+    def longer(reply):
+        reply["output_ids"].append(9)
+        reply["meta_info"]["output_token_logprobs"].append([-1.0, 9, None])
+
+    fake.next += [changed(strange), changed(longer)]
+    with pytest.raises(EngineError, match="outside 0 to 99"):
+        await client.generate("r", [1], PARAMS)
     with pytest.raises(EngineError, match="4 tokens came, 3 were asked for"):
-        await ask(scored([1, 2, 3, 4]))
+        await client.generate("r", [1], PARAMS)
 
 
 @pytest.mark.parametrize(
-    ("word", "kind", "told"),
-    [
-        (400, ServerRefused, "/generate answered HTTP 400: .*as told: 400"),
-        (500, ServerRefused, "/generate answered HTTP 500: .*as told: 500"),
-        (503, ServerBusy, "/generate answered HTTP 503: .*as told: 503"),
-        (429, ServerBusy, "/generate answered HTTP 429"),
-        ("cut", ServerLost, "did not answer /generate: Server disconnected"),
-        ("cut body", ServerLost, "did not answer /generate"),
-    ],
+    ("experts", "told"),
+    [(None, "--enable-return-routed-experts"), (base64.b64encode(bytes(4 * 6)).decode(), "reshape")],
 )
-async def test_faults_are_told_apart(word, kind, told):
-    with pytest.raises(kind, match=told) as error:
-        await ask(word)
-    assert isinstance(error.value, EngineError)
-    if kind is ServerRefused:
-        assert (error.value.status, error.value.url) == (word, str(error.value).partition("/generate")[0])
+async def test_experts_that_are_missing_or_too_few_are_an_error(fake, experts, told):
+    fake.next.append(in_meta(routed_experts=experts))
+    with pytest.raises(EngineError, match=told):
+        await with_experts(fake, [1], PARAMS)
 
 
-async def test_a_control_call_has_a_limit_and_its_reply_may_be_a_sentence():
-    async with FaultInjectingFake(["hang", lambda reply: "Cache flushed."]) as fake:
-        client = Client(fake.url, "", vocab_size=VOCAB_SIZE, context_length=CONTEXT_LENGTH)
-        body = {"rid": "r", "input_ids": [1], "sampling_params": {"max_new_tokens": 1}}
-        with pytest.raises(ServerLost, match=r"did not answer /generate: no answer within 0\.2 s"):
-            await client.post("/generate", body, timeout_s=0.2)
-        assert await client.post("/generate", body) == "Cache flushed."
-        with pytest.raises(ServerRefused, match="HTTP 404"):
-            await client.get("/no_such_path")
-        await client.close()
+# ---- faults
 
 
-async def test_nobody_listens():
-    client = Client("http://127.0.0.1:9", "", vocab_size=VOCAB_SIZE, context_length=CONTEXT_LENGTH)
-    with pytest.raises(ServerLost, match="http://127.0.0.1:9 did not answer /generate"):
-        await client.generate("rid", (1,), PARAMS)
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(400, ServerRefused), (401, ServerRefused), (500, ServerRefused), (503, ServerBusy), (429, ServerBusy)],
+)
+async def test_an_error_of_http_carries_the_servers_words(fake, client, status, kind):
+    fake.next.append(refuse(status, "the prompt is dull"))
+    with pytest.raises(kind, match=f"{fake.url}/generate answered HTTP {status}: the prompt is dull"):
+        await client.generate("r", [1], PARAMS)
+    assert len(fake.received) == 1
+
+
+@pytest.mark.parametrize("behaviour", [cut_before, cut_within])
+async def test_a_connection_that_breaks_is_a_lost_server_and_the_next_request_gets_another(fake, client, behaviour):
+    fake.next.append(behaviour)
+    with pytest.raises(ServerLost, match=f"{fake.url} did not answer /generate"):
+        await client.generate("r", [1], PARAMS)
+    assert len(fake.received) == 1  # the transport does not ask again by itself: the pool decides
+    assert await client.generate("r", [1], PARAMS) == expected([1], PARAMS)
+
+
+async def test_nobody_listening_is_a_lost_server(fake, client):
+    await fake.kill()
+    with pytest.raises(ServerLost, match="did not answer"):
+        await client.generate("r", [1], PARAMS)
+    assert not await client.is_up()
+
+
+async def test_a_control_call_without_an_answer_in_time_is_a_lost_server(fake, client):
+    fake.health = None
+    with pytest.raises(ServerLost, match=r"did not answer /health_generate: no answer within 0.05 s"):
+        await client.get("/health_generate", timeout_s=0.05)
+
+
+async def test_health_tells_a_server_that_hangs_from_one_that_is_gone(fake, client):
+    assert await client.is_up() and await client.can_generate()
+    fake.health = None
+    started = time.monotonic()
+    assert await client.is_up() and not await client.can_generate()
+    assert time.monotonic() - started < 2  # health_timeout_s is 0.2
+    fake.health = 503
+    assert not await client.can_generate()
+    await fake.kill()
     assert not await client.is_up() and not await client.can_generate()
-    await client.close()
 
 
-async def test_a_paused_server_is_up_and_does_not_generate():
-    async with FaultInjectingFake() as fake:
-        client = Client(fake.url, "", vocab_size=VOCAB_SIZE, context_length=CONTEXT_LENGTH, health_timeout_s=0.2)
-        assert await client.is_up() and await client.can_generate()
-        fake.is_paused = True
-        assert await client.is_up() and not await client.can_generate()
-        await client.abort("some rid")
-        assert fake.aborted == ["some rid"]
-        assert json.dumps(await client.get("/model_info")) == '{"weight_version": "3"}'
-        await client.close()
+async def test_an_abort_ends_the_request_at_the_server(fake, client):
+    fake.always = hang
+    asked = asyncio.ensure_future(client.generate("mine", [1], PARAMS))
+    while not fake.under_way:
+        await asyncio.sleep(0.001)
+    await client.abort("mine")
+    assert (await asked).finish_reason == "abort"
+    assert fake.aborted == ["mine"]
+
+
+async def test_after_an_idle_time_the_connection_is_not_used_again(fake, client, monkeypatch):
+    monkeypatch.setattr("megatron_pz.engine.sglang.client.KEEPALIVE_S", 0.01)
+    ports = set()
+
+    async def noted(fake, request, reply):
+        ports.add(request.transport.get_extra_info("peername"))
+        return await answer(fake, request, reply)
+
+    fake.always = noted
+    for _ in range(2):
+        await client.generate("r", [1], PARAMS)
+        await asyncio.sleep(0.05)
+    assert len(ports) == 2
