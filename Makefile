@@ -40,7 +40,7 @@ smollm2:
 test: lint server
 	@PZ_NEEDS_SERVER=1 $(PY) -m pytest -q -m "not slow" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-test-slow:
+test-slow: smollm2
 	@tools/setup_env.sh test
 	@$(PY) tools/fetch_demo_corpus.py .cache/demo
 	@$(PY) -m pytest -v -rP -m slow -n $(WORKERS)

@@ -90,7 +90,7 @@ def test_what_is_installed_is_what_the_constraints_say():
 
 
 def test_megatron_and_its_hidden_need_are_pinned():
-    # Saving a distributed checkpoint without psutil hangs for ever (docs: platform notes).
+    # Saving a distributed checkpoint without psutil hangs for ever.
     pins = constraints("py311.txt")
     assert {"megatron-core", "torch", "psutil", "transformers"} <= pins.keys()
 

@@ -41,6 +41,7 @@ serves() { [[ " $supported " == *" $1 "* ]]; } # a version
 choose_python() {
     local candidate version found=""
     if [[ -n ${PYTHON:-} ]]; then
+        command -v "$PYTHON" >/dev/null || die "PYTHON=$PYTHON is not found. Name an interpreter of Python 3.11 or 3.12: make PYTHON=python3.11 ..."
         version=$(version_of "$PYTHON") || die "PYTHON=$PYTHON does not start, or lacks the venv module (Debian: apt-get install python3-venv)."
         serves "$version" && { printf '%s\n' "$PYTHON"; return; }
         # The servers' interpreter need not be the trainer's.
@@ -95,6 +96,7 @@ fi
 
 if [[ -x $venv/bin/python ]]; then
     version=$(version_of "$venv/bin/python") || die "$venv is broken (its Python does not start). Remove it: $remove"
+    "$venv/bin/python" -c 'import pip' 2>/dev/null || die "$venv is unfinished (it has no pip; its making was interrupted). Remove it: $remove"
     if [[ -n ${PYTHON:-} && $purpose != server && $(version_of "$PYTHON" || true) != "$version" ]]; then
         die "$venv has Python $version, PYTHON=$PYTHON is another. Remove it first: $remove"
     fi

@@ -49,6 +49,9 @@ class CheckpointStore:
                 folder.mkdir(parents=True, exist_ok=True)
                 for leftover in [*folder.glob(".tmp-*"), *folder.glob(".trash-*")]:
                     shutil.rmtree(leftover)
+                for replaced in folder.glob(".old-*"):  # killed while another took its place
+                    final = folder / replaced.name.removeprefix(".old-")
+                    shutil.rmtree(replaced) if final.exists() else replaced.rename(final)
             except OSError as error:
                 raise DiskError(
                     f"{folder} cannot be written: {error.strerror}. Give the run another --run-dir."
@@ -124,12 +127,12 @@ class CheckpointStore:
         (partial / STATE).write_text(state, encoding="utf-8")
         write_manifest(partial, facts)
         _sync(partial)
-        trash = self.folder / f".trash-{final.name}"
+        replaced = self.folder / f".old-{final.name}"
         if final.exists():
-            final.rename(trash)
+            final.rename(replaced)
         partial.rename(final)
         _sync_folder(self.folder)
-        shutil.rmtree(trash, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def _on_rank0(self, stage: Callable[[], None], final: Path, partial: Path) -> None:
         """Run `stage` on rank 0; where it fails, no rank goes on."""

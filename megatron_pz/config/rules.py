@@ -211,6 +211,12 @@ def sampling_is_possible(config: Config, world_size: int) -> Iterator[str]:
                     f"engine.{name} is {found!r} while engine.engine is 'embedded', which samples and trains in turns; "
                     f"it must be {value!r}, or use --engine sglang."
                 )
+        stages = config.parallel.pipeline_model_parallel_size
+        if stages > 1 and (config.task.task in GAMES or config.evaluate.eval_interval):
+            yield (
+                f"parallel.pipeline_model_parallel_size is {stages} while engine.engine is 'embedded', which samples from "
+                "whole models; it must be 1, or use --engine sglang."
+            )
         if config.train.routing_replay:
             yield "train.routing_replay is true while engine.engine is 'embedded': no server chooses experts. Use --engine sglang."
 

@@ -1,7 +1,7 @@
 """Every setting of a run, as frozen dataclasses. The text under a field is its help.
 
 Field names are unique over all sections, so that `--lr 1e-6` needs no section on the command line; in TOML they stand
-in their section (`[train] lr = 1e-6`). Names are Megatron-LM's where Megatron-LM has one, else `docs` of the design.
+in their section (`[train] lr = 1e-6`). Names are Megatron-LM's where Megatron-LM has one, else ours.
 `[transformer]`, `[optimizer]` and `[ddp]` set any field of Megatron-Core's own config classes by its name, `[server]` any flag
 of SGLang's server.
 Rules that tie fields together are in `config.rules`; reading and overriding is `config.load`.

@@ -32,13 +32,25 @@ def section_of(key: str) -> str | None:
     return next((name for name, cls in SECTIONS.items() if key in cls.__dataclass_fields__), None)
 
 
+ALIASES = {
+    "learning_rate": "lr",
+    "learning-rate": "lr",
+    "max_steps": "train_iters",
+    "batch_size": "paragraphs_per_step",
+}
+"""What other trainers call a setting."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """The one of `names` that is most like `name`.
 
     >>> nearest("temperatur", ["top_p", "temperature"])
     'temperature'
     """
-    return difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]
+    names = list(names)
+    if name in ALIASES and ALIASES[name] in names:
+        return ALIASES[name]
+    return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
 
 
 def from_tables(tables: Mapping[str, Any], source: str) -> Config:

@@ -9,7 +9,7 @@ from megatron_pz.errors import CorpusError
 from megatron_pz.types import Paragraph, Tokenizer
 
 RESERVED = ("[mask]", "\\mask", "\\boxed")
-"""What the game itself writes; a text that contains it could not be told from the game (paper.md 4 and 11)."""
+"""What the game itself writes; a text that contains it could not be told from the game (docs/paper.md 4 and 11)."""
 
 SELECTION_REASONS = ("too_short", "too_long", "reserved_text", "special_token", "prompt_too_long")
 """Why a paragraph is left out: the keys of the counts, beside `kept`."""

@@ -1,4 +1,4 @@
-"""Reading a prediction and comparing it with the hidden text (paper.md 3.3)."""
+"""Reading a prediction and comparing it with the hidden text (docs/paper.md 3.3)."""
 
 from __future__ import annotations
 

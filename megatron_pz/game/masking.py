@@ -1,6 +1,6 @@
 """Hiding a span: where it occurs, which of these places are hidden, and the text that is left.
 
-1. Occurrences are exact, case-sensitive and do not overlap, counted from the left (paper.md 2.8).
+1. Occurrences are exact, case-sensitive and do not overlap, counted from the left (docs/paper.md 2.8).
 2. Putting the answer back for every `[mask]` gives the paragraph's text, character for character.
 """
 

@@ -1,4 +1,4 @@
-"""Spans that chance chooses: the random-span baseline, supervised examples and fixed questions (paper.md 5).
+"""Spans that chance chooses: the random-span baseline, supervised examples and fixed questions (docs/paper.md 5).
 
 A span is a run of whole words: their number from a geometric law, clipped; its place uniform; the same validity as for
 masks that the generator names. Punctuation at the ends is left out.

@@ -23,7 +23,7 @@ def mask_reward(num_correct: int, num_predictions: int) -> float:
 
 
 INVALID_MASK_REWARD = 0.0
-"""Of a mask that cannot be hidden: no predictions are made, and it stays in its group (paper.md 2.8, item 4)."""
+"""Of a mask that cannot be hidden: no predictions are made, and it stays in its group (docs/paper.md 2.8, item 4)."""
 
 
 def expected_mask_reward(accuracy: float, num_predictions: int) -> float:

@@ -1,4 +1,4 @@
-"""Reading a mask rollout: which span it names, and if that span cannot be hidden, why not (paper.md 2.8).
+"""Reading a mask rollout: which span it names, and if that span cannot be hidden, why not (docs/paper.md 2.8).
 
 Every reason is one of `REJECT_REASONS`, so that each can be counted.
 """

@@ -19,7 +19,7 @@ from typing import Any
 from megatron_pz.errors import DiskError
 
 METRICS_FILE, ROLLOUTS_FILE, EVAL_FILE = "metrics.jsonl", "rollouts.jsonl", "eval.jsonl"
-"""In a run directory (design 4)."""
+"""In a run directory."""
 
 # Rows that this project writes begin with their step: it can be read without parsing a long line.
 _STEP = re.compile(rb'\{\s*"step":\s*(\d+)\s*[,}]')

@@ -16,7 +16,7 @@ def read_questions(path: Path, max_questions: int = MAX_QUESTIONS) -> list[dict[
     """The first questions of each set of `eval.jsonl`, each with its answers by step.
 
     `{"set", "text", "target", "answers": [{"step", "answer", "right"}]}`; `text` is the masked
-    paragraph. Rows are rollout rows (design 4) with a `set`; a question is known by its prompt.
+    paragraph. Rows are rollout rows with a `set`; a question is known by its prompt.
     """
     questions: dict[tuple[str, str], dict[str, Any]] = {}
     per_set: dict[str, int] = {}

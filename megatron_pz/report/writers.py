@@ -72,7 +72,7 @@ class RunWriter:
             self._wandb.write(step, values)
 
     def rollouts(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows to `rollouts.jsonl` (fields: design 4, `tasks.journal_rows`)."""
+        """Append rows to `rollouts.jsonl` (fields: `tasks.journal_rows`)."""
         self._rollouts.append(rows)
 
     def evaluation(self, rows: Iterable[Mapping[str, Any]]) -> None:

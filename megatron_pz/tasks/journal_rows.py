@@ -1,4 +1,4 @@
-"""A round as rows of `rollouts.jsonl` (design 4): one object a rollout, of both roles, dropped groups included."""
+"""A round as rows of `rollouts.jsonl`: one object a rollout, of both roles, dropped groups included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PretrainZero's round (paper.md 2.10): masks, and for each mask its predictions, which start as soon as it lands.
+"""PretrainZero's round (docs/paper.md 2.10): masks, and for each mask its predictions, which start as soon as it lands.
 
 1. Each response's seed derives from (run, step, paragraph, role, indices): the round does not depend on landing order.
 2. A mask that cannot be hidden earns 0, is predicted by nobody and stays in its group.

@@ -1,4 +1,4 @@
-"""Random RLPT, the paper's strong baseline (paper.md 5): the same prediction game on spans that chance chose.
+"""Random RLPT, the paper's strong baseline (docs/paper.md 5): the same prediction game on spans that chance chose.
 
 No generator role: all rollouts are predictions. A paragraph without a valid span in reach is passed over.
 """

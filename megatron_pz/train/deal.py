@@ -28,7 +28,7 @@ def deal(samples: Sequence[Sample] | None, config: Config, parallel: Parallel, s
         return _scatter(None, parallel)
     assert samples is not None, "rank 0 deals what it has played"
     shuffled = list(samples)
-    random.Random(f"{config.train.seed}/{step}/deal").shuffle(shuffled)  # roles mixed over updates (paper.md 2.9)
+    random.Random(f"{config.train.seed}/{step}/deal").shuffle(shuffled)  # roles mixed over updates (docs/paper.md 2.9)
     num_updates = min(config.train.updates_per_batch, len(shuffled))
     plans = [
         plan_update(

@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -58,6 +59,9 @@ from megatron_pz.train.state import RunState
 from megatron_pz.train.step import Trainer
 from megatron_pz.types import Paragraph, Tokenizer
 
+GRACE_S = 20.0
+"""What other ranks give rank 0 to say what is wrong with the settings."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the arguments say; 0 when the run is done or was asked to stop, 2 after an error that a user can mend."""
@@ -66,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(sys.argv[1:] if argv is None else argv)
         validate(config, int(os.environ.get("WORLD_SIZE", "1")))
     except MegatronPZError as error:
-        if rank == 0:  # all ranks read the same
+        if rank:  # all ranks read the same; torchrun ends rank 0, before it has told, with the first that leaves
+            time.sleep(GRACE_S)
+        else:
             _tell(error)
         return 2
     try:

@@ -49,7 +49,7 @@ def policy_loss(
     Returns:
         (sum of weights * loss, scalar; sums: `ratio`, `clipped` tokens whose gradient the clip took away, `ref_kl`).
 
-    Source: paper Eq. 11 by tokens (paper.md 2.7); clip-higher: DAPO; dual clip: Ye et al. 2020; k3: Schulman 2020.
+    Source: paper Eq. 11 by tokens (docs/paper.md 2.7); clip-higher: DAPO; dual clip: Ye et al. 2020; k3: Schulman 2020.
     """
     is_trained = weights > 0
     ratio = (_kept(log_probs - old_log_probs, is_trained)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()

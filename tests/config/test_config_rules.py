@@ -41,7 +41,11 @@ def test_every_example_is_valid(path):
     ("fields", "world_size", "message"),
     [
         ({"tensor_model_parallel_size": 2}, 3, r"3 ranks.*2 x 1 x 1 = 2"),
-        ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 6, r"6 ranks.*2 x 2 x 1 = 4"),
+        (
+            {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "engine": "sglang"},
+            6,
+            r"6 ranks.*2 x 2 x 1 = 4",
+        ),
         ({"expert_model_parallel_size": 4}, 2, r"over the experts.*1 x 4 x 1 = 4"),
         ({"sequence_parallel": True}, 2, r"sequence_parallel is true while.*is 1"),
         ({"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2}, 2, r"Set it to true"),
@@ -57,7 +61,7 @@ def test_a_layout_that_does_not_fit_is_a_layout_error(fields, world_size, messag
     ("fields", "world_size"),
     [
         ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, 2),
-        ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 8),
+        ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "engine": "sglang"}, 8),
         ({"expert_model_parallel_size": 2}, 4),
         ({"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True}, 2),
     ],
@@ -84,6 +88,7 @@ def test_a_layout_that_fits_passes(fields, world_size):
         ({"n_masks_per_paragraph": 1}, r"n_masks_per_paragraph is 1; it must be 2 or more"),
         ({"temperature": 0.0}, r"temperature is 0\.0; it must be above 0 in training"),
         ({"top_p": 1.1}, r"top_p is 1\.1"),
+        ({"pipeline_model_parallel_size": 2}, r"pipeline_model_parallel_size is 2 while engine\.engine is 'embedded'"),
         ({"async_steps": 1}, r"engine\.async_steps is 1 while engine\.engine is 'embedded'"),
         (
             {"stragglers": "cut", "over_sampling": 0.5},

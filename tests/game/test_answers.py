@@ -1,4 +1,4 @@
-"""Reading a prediction and comparing it (paper.md 3.3)."""
+"""Reading a prediction and comparing it (docs/paper.md 3.3)."""
 
 import unicodedata
 

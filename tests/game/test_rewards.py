@@ -7,7 +7,7 @@ import pytest
 
 from megatron_pz.game.rewards import INVALID_MASK_REWARD, expected_mask_reward, mask_reward, prediction_reward
 
-TABLE_OF_8 = [0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0]  # paper.md 2.5
+TABLE_OF_8 = [0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0]  # docs/paper.md 2.5
 
 
 def test_a_prediction_earns_one_for_the_hidden_text_and_nothing_else():

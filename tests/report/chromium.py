@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import pytest
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 HOW_TO_INSTALL = "apt-get update && apt-get install -y --no-install-recommends chromium"
 TIMEOUT_S = 60
@@ -30,7 +32,8 @@ class Chromium:
 
     def __init__(self, profile: Path) -> None:
         program = next((found for name in NAMES if (found := shutil.which(name))), None)
-        assert program, f"no Chromium on this machine; install it: {HOW_TO_INSTALL}"
+        if program is None:
+            pytest.skip(f"no Chromium on this machine; install it: {HOW_TO_INSTALL}")
         theirs_in, self._to = os.pipe()
         self._from, theirs_out = os.pipe()
         # The browser reads from descriptor 3 and writes to 4; ours are moved out of the way of these.

@@ -1,4 +1,4 @@
-"""Rows of `rollouts.jsonl`, field by field (design 4)."""
+"""Rows of `rollouts.jsonl`, field by field."""
 
 import json
 
