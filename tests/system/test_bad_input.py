@@ -159,7 +159,7 @@ def test_a_tokenizer_that_is_not_there_or_has_no_chat(refused, tmp_path):
 
 
 def test_a_layout_that_does_not_divide(refused):
-    said = refused(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    said = refused(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, engine="sglang")
     assert said.startswith("LayoutError: 1 ranks cannot be shared out")
     assert "2 x 2 x 1 = 4" in said and "Start a multiple of 4 ranks" in said
 
