@@ -111,4 +111,5 @@ def test_with_shared_memory_the_same_is_learned_and_each_phase_is_measured(place
 def test_every_metric_of_servers_is_written(place):
     found = [*impatient(place, "cut"), *impatient(place, "continue"), *job(place, "colocated", 3, colocate=True)]
     written = {name for row in found for name in row}
-    assert {name for name, condition in WHEN.items() if "sglang" in condition} <= written
+    of_servers = {name for name, condition in WHEN.items() if "sglang" in condition}
+    assert {name for name in of_servers if "routing_replay" not in WHEN[name]} <= written  # with it: test_moe_job.py
