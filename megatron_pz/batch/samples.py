@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_pz.types import Group, Role, Rollout, Sample
+from megatron_pz.errors import EngineError
+from megatron_pz.types import Completion, Group, Role, Rollout, Sample
 
 
 def to_samples(
@@ -21,7 +22,10 @@ def to_samples(
         generator_weight: loss weight of mask-generation tokens.
         predictor_weight: loss weight of mask-prediction tokens.
 
-    Source: paper.md 2.7, with a weight for each role.
+    Raises:
+        EngineError: routed experts are not those of a response's tokens.
+
+    Source: docs/paper.md 2.7, with a weight for each role.
     """
     weights = {Role.GENERATOR: generator_weight, Role.PREDICTOR: predictor_weight}
     return [
@@ -43,6 +47,20 @@ def _sample(rollout: Rollout, advantage: float, group_id: str, weight: float) ->
         advantage=advantage,
         role=rollout.role,
         group_id=group_id,
-        # The smallest type with room for any model's experts: a step has gigabytes of them.
-        routed_experts=None if completion.routed_experts is None else np.asarray(completion.routed_experts, np.int16),
+        routed_experts=_routed_experts(completion),
     )
+
+
+def _routed_experts(completion: Completion) -> np.ndarray | None:
+    """int16 [tokens - 1, layers, top_k]; None if the engine does not tell."""
+    if completion.routed_experts is None:
+        return None
+    # The smallest type with room for any model's experts: a step has gigabytes of them.
+    experts = np.asarray(completion.routed_experts, np.int16)
+    wanted = len(completion.prompt_ids) + len(completion.token_ids) - 1
+    if experts.ndim != 3 or len(experts) != wanted:
+        raise EngineError(
+            f"The engine tells routed experts of shape {list(experts.shape)}; a prompt of {len(completion.prompt_ids)} tokens "
+            f"and a response of {len(completion.token_ids)} have [{wanted}, layers, experts a token]."
+        )
+    return experts

@@ -3,9 +3,11 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from builders import group, rollout
 
 from megatron_pz.batch.samples import to_samples
+from megatron_pz.errors import EngineError
 from megatron_pz.types import Completion, Role
 
 
@@ -57,3 +59,11 @@ def test_the_experts_of_a_response_are_handed_on_and_samples_stay_comparable():
     assert known.routed_experts.dtype == np.int16 and np.array_equal(known.routed_experts, experts)
     assert unknown.routed_experts is None
     assert known == replace(known, routed_experts=experts + 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2), (4, 2, 2), (3, 4)])
+def test_experts_of_other_tokens_than_the_response_s_are_told(shape):
+    experts = np.zeros(shape, np.int32)  # one row would fit any length, by numpy's rules
+    routed = replace(rollout(), completion=Completion((5, 9), (7, 1), (-0.3, -0.1), "stop", (), experts))
+    with pytest.raises(EngineError, match=r"2 tokens and a response of 2 have \[3, layers"):
+        to_samples([group([routed, rollout(reward=0.0)])])
