@@ -38,7 +38,7 @@ smollm2:
 	@$(PY) tools/make_smollm2.py .cache/smollm2-135m-instruct
 
 test: lint server
-	@PZ_NEEDS_SERVER=1 $(PY) -m pytest -q -m "not slow" -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+	@PZ_NEEDS_SERVER=1 $(PY) -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: smollm2
 	@tools/setup_env.sh test

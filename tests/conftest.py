@@ -1,9 +1,10 @@
 """One thread a test process, one process for the real servers, and a printed reason for each GPU test that cannot run."""
 
 import os
-from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -21,19 +22,27 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("noisy machine")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests by file, those with SGLang servers together and first; skip `gpu` without a device, and say so.
+SERVERS = "tests/sglang/"
 
-    With `--dist loadgroup` a group stays in one process: a server is started once, and never two for one test.
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    """Under `--dist loadfile` the tests of a file stay in one process, and all those with SGLang servers in one.
+
+    So a server is started once, and never two for one test.
     """
+    return ByFile(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+class ByFile(LoadFileScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        return SERVERS if nodeid.startswith(SERVERS) else super()._split_scope(nodeid)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with servers come first, for they wait most; `gpu` is skipped without a device, and says so."""
     import torch
 
-    servers = Path(__file__).parent / "sglang"
-    items.sort(key=lambda item: servers not in item.path.parents)
-    for item in items:
-        group = "sglang" if servers in item.path.parents else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: not item.nodeid.startswith(SERVERS))
 
     if not torch.cuda.is_available():
         for item in items:

@@ -13,15 +13,21 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from megatron_pz.corpus.leads import demo_split, read_leads
 from megatron_pz.train.launch import main
 
 ROOT = Path(__file__).parents[1]
-TEXT = (
-    "Paper money is a type of negotiable promissory note that is payable to the bearer on demand.",
-    "NBC is an American commercial broadcast television network owned by a subsidiary of Comcast.",
-    "Leeches are segmented parasitic or predatory worms within the phylum Annelida.",
-    "Iron is a chemical element with the symbol Fe and the atomic number 26.",
-)
+TITLES = ("Leech", "Melanoma", "NBC", "Anthurium")
+
+
+def _known_texts() -> tuple[str, ...]:
+    """Texts that the demo policy was trained on, as `make demo-corpus` takes them out of their package."""
+    seen, _ = demo_split(read_leads())
+    texts = {paragraph.title: paragraph.text for paragraph in seen}
+    return tuple(texts[title] for title in TITLES)
+
+
+TEXT = _known_texts()
 FLAGS: Mapping[str, object] = {
     "hf_model": ROOT / "examples" / "demo_policy",
     "template_dir": ROOT / "examples" / "templates" / "demo",

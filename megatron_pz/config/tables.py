@@ -114,3 +114,16 @@ def _value(source: str, section: str, key: str, value: Any, faults: list[str]) -
         found = type(value).__name__
         faults.append(f"{source}: {section}.{key} is {value!r}, a {found}; it must be a {wanted.__name__}.")
     return value
+
+
+def check_plain_type(name: str, value: Any, annotation: object) -> None:
+    """Pass if `value` may stand for a field of Megatron's records; one whose annotation is no plain type always may.
+
+    Raises:
+        ConfigError: names the field, the value and the wanted type.
+    """
+    text = getattr(annotation, "__name__", str(annotation))
+    plain = text.removeprefix("typing.").removeprefix("Optional[").removesuffix("]")
+    allowed = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}.get(plain)
+    if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and plain != "bool")):
+        raise ConfigError(f"{name} is {value!r}, a {type(value).__name__}; it must be a {plain}.")

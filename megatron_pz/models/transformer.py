@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from packaging.version import Version
 
 from megatron_pz.config.schema import Config, ParallelConfig
+from megatron_pz.config.tables import check_plain_type
 from megatron_pz.errors import ConfigError, LayoutError
 from megatron_pz.models.family import Family, HfConfig
 from megatron_pz.platform.base import Platform, torch_dtype
@@ -93,14 +94,16 @@ def checked_overrides(overrides: dict[str, Any], owned: dict[str, str]) -> dict[
     Raises:
         ConfigError: a name is no field of `TransformerConfig`, or belongs to another section.
     """
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
-    for name in overrides:
+    known = {field.name: field.type for field in dataclasses.fields(TransformerConfig)}
+    for name, value in overrides.items():
         if name in owned:
             raise ConfigError(f"transformer.{name} is set by [{owned[name]}]; set it there.")
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
             raise ConfigError(f"transformer.{name} is no field of Megatron-Core's TransformerConfig{hint}")
+        if "dtype" not in name:
+            check_plain_type(f"transformer.{name}", value, known[name])
     return dict(overrides)
 
 

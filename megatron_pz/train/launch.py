@@ -195,6 +195,7 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
                 save=save,
                 rescue=rescue,
                 signals=signals,
+                tell=console.message,
                 timers=timers,
             )
             try:

@@ -61,6 +61,7 @@ def run(parts: Parts, config: Config, state: RunState) -> RunState:
             with timers("checkpoint"):
                 parts.save(state)
         if stop:
+            parts.tell(f"stopped by {stop} after step {step}; the same command goes on from there")
             break
     return state
 

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_pz.config.tables import check_plain_type
 from megatron_pz.errors import ConfigError
 from megatron_pz.platform.base import DTYPES
 
@@ -41,6 +42,7 @@ def megatron_record(
             nearest = difflib.get_close_matches(name, fields, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
             raise ConfigError(f"{table}.{name} is no field of Megatron-Core's {cls.__name__}{hint}")
+        check_plain_type(f"{table}.{name}", overrides[name], str(fields[name].type))
     values = {**ours, **overrides, **{name: value for name, (_, value) in owned.items()}}
     values = {name: _dtype(value) if "dtype" in name else value for name, value in values.items()}
     try:

@@ -48,4 +48,5 @@ class Parts:
     save: Callable[[RunState], None]
     rescue: Callable[[RunState], None]  # saves beside all older checkpoints, unless that step is saved already
     signals: StopSignals
+    tell: Callable[[str], None]  # shows the user a line
     timers: Timers

@@ -178,3 +178,16 @@ def test_a_folder_that_is_not_there_is_an_error_with_a_way_out(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match="is not JSON"):
         read_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"num_layers": "two"}, r"transformer\.num_layers is 'two', a str; it must be a int"),
+        ({"layernorm_epsilon": True}, r"transformer\.layernorm_epsilon is True, a bool; it must be a float"),
+        ({"moe_grouped_gemm": 1}, r"transformer\.moe_grouped_gemm is 1, a int; it must be a bool"),
+    ],
+)
+def test_a_value_of_another_type_is_named_before_megatron_sees_it(table, message):
+    with pytest.raises(ConfigError, match=message):
+        settings(HF, Config(transformer=table))

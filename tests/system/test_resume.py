@@ -11,15 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from demo_runs import TEXT
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[2]
-TEXT = [
-    "Paper money is a type of negotiable promissory note that is payable to the bearer on demand.",
-    "NBC is an American commercial broadcast television network owned by a subsidiary of Comcast.",
-    "Leeches are segmented parasitic or predatory worms within the phylum Annelida.",
-    "Iron is a chemical element with the symbol Fe and the atomic number 26.",
-]
 SMALL = [
     *("--paragraphs-per-step", "2", "--n-masks-per-paragraph", "4", "--n-predictions-per-mask", "4"),
     *("--num-fixed-masks", "4", "--held-out-path", "", "--eval-interval", "2", "--save-interval", "2"),
