@@ -25,3 +25,11 @@ def test_every_shape_that_differs_is_named(tmp_path):
 def test_another_family_is_known_without_the_folder():
     with pytest.raises(EngineError, match=r"model_type is llama there and qwen3 here.*--server-urls"):
         check_served("u", {"model_path": "far/away", "model_type": "llama"}, CONFIG)
+
+
+@pytest.mark.parametrize("field", [{"mlp_only_layers": [0]}, {"tie_word_embeddings": True}])
+def test_a_moe_that_sglang_reads_wrongly_is_refused(field):
+    config = CONFIG | {"model_type": "qwen3_moe"}
+    check_served("u", {"model_path": "x", "model_type": "qwen3_moe"}, config)
+    with pytest.raises(EngineError, match="would answer nonsense"):
+        check_served("u", {"model_path": "x", "model_type": "qwen3_moe"}, config | field)

@@ -31,6 +31,14 @@ def check_served(url: str, info: Mapping[str, Any], hf_config: Mapping[str, Any]
         served = json.loads((Path(str(info["model_path"])) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError):
         pass  # a hub name, or a disk that this machine does not see
+    if hf_config.get("model_type") == "qwen3_moe" and (
+        hf_config.get("mlp_only_layers") or hf_config.get("tie_word_embeddings")
+    ):
+        raise EngineError(
+            f"mlp_only_layers is {hf_config.get('mlp_only_layers')} and tie_word_embeddings {hf_config.get('tie_word_embeddings')}: "
+            "SGLang 0.5.23 gives every layer of a qwen3_moe model experts, and a head of its own, and would answer nonsense. "
+            "Use --engine embedded."
+        )
     different = [
         f"{name} is {served[name]} there and {hf_config[name]} here"
         for name in SHAPES
