@@ -7,18 +7,7 @@ import asyncio
 import time
 
 import pytest
-from fault_injecting_fake import (
-    VOCAB_SIZE,
-    FakeServer,
-    answer,
-    changed,
-    cut_before,
-    cut_within,
-    expected,
-    hang,
-    late,
-    refuse,
-)
+from fault_injecting_fake import FakeServer, answer, changed, cut_before, cut_within, expected, hang, late, refuse
 
 from megatron_pz.engine.sglang import pool as pool_module
 from megatron_pz.engine.sglang.client import Client
@@ -49,7 +38,7 @@ def when(event, then=answer):
 
 
 def client_of(fake):
-    return Client(fake.url, "", vocab_size=VOCAB_SIZE, context_length=64, health_timeout_s=0.3)
+    return Client(fake.url, "", vocab_size=100, context_length=64, health_timeout_s=0.3)
 
 
 class Pooled:
@@ -176,7 +165,7 @@ async def test_an_invalid_request_is_refused_and_takes_no_place():
     async with Pooled([], at_once=1) as it:
         for _ in range(3):
             with pytest.raises(EngineError, match="Token 0 of the prompt is 100"):
-                await gathered(it.ask(VOCAB_SIZE))
+                await gathered(it.ask(100))
         assert await gathered(it.ask(1)) == [1]
         assert len(it.fakes[0].received) == 1
 
