@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from megatron_pz.engine.sglang.io_thread import IoThread
 from megatron_pz.errors import EngineError
-from megatron_pz.sync.buckets import Bucket, buckets
+from megatron_pz.sync.buckets import Bucket, buckets, joined
 from megatron_pz.sync.push import Receivers, Sent
 
 TIMEOUT_S = 600.0
@@ -94,7 +95,7 @@ class CollectiveTransport:
         self._rank = dist.get_rank()
         self._groups: dict[int, Any] = {}  # by stage; on its speaker
         self._members: tuple[int, ...] = ()  # servers in the groups
-        self._generation = 0
+        self._token = ""  # in the groups' names
 
     def send(self, weights: Any, version: int, receivers: Receivers) -> Sent:
         """See `sync.push.Transport`."""
@@ -138,12 +139,12 @@ class CollectiveTransport:
             asked = self._io.submit(
                 receivers.gathered(
                     lambda control: control.update_weights_from_distributed(
-                        group_name=_name(stage, self._generation), load_format="flattened_bucket", **names
+                        group_name=_name(stage, self._token), load_format="flattened_bucket", **names
                     )
                 )
             )
         if bucket is not None and stage.index in self._groups:
-            data = torch.cat([tensor.detach().contiguous().view(-1).view(torch.uint8) for _, tensor in bucket])
+            data = joined(bucket)
             options = dist.BroadcastOptions()
             options.rootRank, options.rootTensor = 0, 0
             try:
@@ -173,11 +174,12 @@ class CollectiveTransport:
 
     def _join(self, receivers: Receivers) -> None:
         """Make the groups, unless the same servers are in them already."""
-        members = self._told(tuple(sorted(receivers.controls)))
+        # Servers that outlive a trainer may still be in its groups: a name must not come again.
+        members, token = self._told((tuple(sorted(receivers.controls)), uuid.uuid4().hex[:12]))
         if members == self._members or not members:
             return
         self._leave(receivers)
-        self._generation += 1
+        self._token = token
         world_size = 1 + len(members) * self._server_ranks
         for stage in self._stages:
             address = self._address_of(stage)
@@ -190,7 +192,7 @@ class CollectiveTransport:
             if self._rank == stage.speaker:
                 with suppress(RuntimeError):  # a server did not come; its own reply tells
                     self._groups[stage.index] = join_group(
-                        address, 0, world_size, _name(stage, self._generation), self._backend, self._timeout_s
+                        address, 0, world_size, _name(stage, self._token), self._backend, self._timeout_s
                     )
             if asked is not None:
                 receivers.settle(asked.result())
@@ -205,7 +207,7 @@ class CollectiveTransport:
                 master_port=address[1],
                 rank_offset=1 + members.index(server) * self._server_ranks,
                 world_size=world_size,
-                group_name=_name(stage, self._generation),
+                group_name=_name(stage, self._token),
                 backend=self._backend,
             )
 
@@ -226,7 +228,7 @@ class CollectiveTransport:
         """Take the groups down. A server that was lost knows nothing of it."""
         if self._members and self._rank == 0 and self._io is not None and receivers.controls:
             for stage in self._stages:
-                name = _name(stage, self._generation)
+                name = _name(stage, self._token)
                 with suppress(EngineError):
                     self._io.run(_destroyed(receivers, name))
         for group in self._groups.values():
@@ -265,8 +267,8 @@ def join_group(
     return group
 
 
-def _name(stage: Stage, generation: int) -> str:
-    return f"megatron_pz-{stage.index}-{generation}"
+def _name(stage: Stage, token: str) -> str:
+    return f"megatron_pz-{token}-{stage.index}"
 
 
 def _facts(bucket: Bucket) -> dict[str, Any]:

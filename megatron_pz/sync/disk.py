@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_pz.engine.sglang.control import Control
+from megatron_pz.engine.sglang.faults import ServerBusy, ServerRefused
 from megatron_pz.sync.push import Receivers, Sent
+
+RETRY_AFTER_S = 1.0
+FILE_COPIES = 3
+"""Of the tensors of a file in the writer's memory: as they are, as bytes, and the parameter that comes next, made whole."""
 
 
 class DiskTransport:
@@ -27,12 +34,28 @@ class DiskTransport:
         """See `sync.push.Transport`. A server that cannot read the folder keeps its weights until it is restarted."""
         folder = self._folder / f"v{version:06d}"
         self._write(weights, folder)
-        receivers.each(
-            lambda control: control.update_weights_from_disk(str(folder), str(version), flush_cache=self._flushes)
-        )
+        receivers.each(lambda control: self._read(control, folder, version))
         num_bytes = 0
         if self._is_rank0:
             num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-            for old in sorted(self._folder.glob("v*"))[:-2]:
-                shutil.rmtree(old, ignore_errors=True)
+            self._prune(folder)
         return Sent(num_bytes, 0)
+
+    async def _read(self, control: Control, folder: Path, version: int) -> None:
+        """Twice, if need be: what one machine has renamed another may not see at once."""
+        for attempt in (1, 2):
+            try:
+                return await control.update_weights_from_disk(str(folder), str(version), flush_cache=self._flushes)
+            except (ServerRefused, ServerBusy):
+                if attempt == 2:
+                    raise
+            await asyncio.sleep(RETRY_AFTER_S)
+
+    def _prune(self, newest: Path) -> None:
+        """Leave `newest` and the one before it; also away with later ones, of a run that went on from an earlier step,
+        and with what a run that was killed had begun to write."""
+        earlier = sorted(folder for folder in self._folder.glob("v*") if folder < newest)
+        for pattern in ("v*", ".tmp-v*", ".old-v*"):
+            for folder in self._folder.glob(pattern):
+                if folder not in (newest, *earlier[-1:]):
+                    shutil.rmtree(folder, ignore_errors=True)

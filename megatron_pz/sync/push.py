@@ -68,6 +68,18 @@ class Transport(Protocol):
         ...
 
 
+class Checks(Protocol):
+    """Do the servers have what they were given? Both drop those that do not."""
+
+    def weights(self, weights: Any, receivers: Receivers) -> None:
+        """All ranks; servers are paused."""
+        ...
+
+    def probe(self, receivers: Receivers) -> None:
+        """Rank 0; servers generate."""
+        ...
+
+
 @dataclass(frozen=True)
 class Sent:
     """What a transport did."""
@@ -95,8 +107,9 @@ class WeightPush:
         io, controls: of rank 0; None and empty elsewhere.
         pause_mode: what happens to requests under way.
         paused: told True when servers are about to pause and False when they go on.
-        verify: further checks of all servers that took the weights, after each push (sync/verify.py).
+        verify: further checks of all servers that took the weights, at each push (sync/verify.py).
         tell: takes a line about each server that did not take them.
+        examine: raises an error if the weights are not what servers can be given; at the first push, before all else.
     """
 
     def __init__(
@@ -106,16 +119,19 @@ class WeightPush:
         controls: Sequence[Control],
         pause_mode: PauseMode,
         paused: Callable[[bool], None] = lambda is_paused: None,
-        verify: Callable[[Receivers], None] = lambda receivers: None,
+        verify: Checks | None = None,
         tell: Callable[[str], None] = lambda line: None,
+        examine: Callable[[Any], None] = lambda weights: None,
     ) -> None:
         self.transport, self._io, self._controls, self._tell = transport, io, controls, tell
-        self.pause_mode, self._paused, self._verify = pause_mode, paused, verify
+        self.pause_mode, self._paused, self._verify, self._examine = pause_mode, paused, verify, examine
         self.last: PushReport | None = None
 
     def __call__(self, weights: Any, version: int, servers: Sequence[int]) -> list[int]:
         """Hand `weights` over; servers that did not take them. All ranks; `servers` is known on rank 0."""
         began = time.monotonic()
+        if self.last is None:
+            self._examine(weights)
         receivers = Receivers(self._io, {server: self._controls[server] for server in servers})
         keeps_caches = self.pause_mode == "in_place"
         self._paused(True)
@@ -126,11 +142,13 @@ class WeightPush:
                 receivers.each(lambda control: control.flush_cache())
             receivers.each(lambda control: control.set_weight_version(str(version)))
             self._check_version(version, receivers)
+            if self._verify is not None:
+                self._verify.weights(weights, receivers)
             receivers.each(lambda control: control.continue_generation())
+            if self._verify is not None:
+                self._verify.probe(receivers)
         finally:
             self._paused(False)
-        if receivers.controls:
-            self._verify(receivers)
         self.last = PushReport(
             version, time.monotonic() - began, sent.num_bytes, sent.largest_bucket_bytes, dict(receivers.faults)
         )

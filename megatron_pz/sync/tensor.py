@@ -1,15 +1,20 @@
-"""Weights in the bodies of requests, bucket by bucket. Needs no disk and no group; for CPUs and small models."""
+"""Weights in the bodies of requests, bucket by bucket. Needs no disk and no group; for CPUs and small models.
+
+Bytes travel through host memory, also to a server on the same GPU: handles of CUDA memory (IPC) are not sent. For weights that
+stay on GPUs there is `distributed`.
+"""
 
 from __future__ import annotations
 
 import base64
 import pickle
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
 
-from megatron_pz.sync.buckets import Bucket, buckets
+from megatron_pz.sync.buckets import Bucket, buckets, joined
 from megatron_pz.sync.push import Receivers, Sent
 
 COPIES = 7
@@ -39,12 +44,27 @@ class TensorTransport:
             total, largest = total + size, max(largest, size)
             if receivers.controls:
                 payloads = [packed(bucket)] * self._server_ranks
-                receivers.each(lambda control, payloads=payloads: control.update_weights_from_tensor(payloads))  # type: ignore[misc]
+                receivers.each(
+                    lambda control, payloads=payloads: control.update_weights_from_tensor(  # type: ignore[misc]
+                        payloads, load_format="flattened_bucket"
+                    )
+                )
         receivers.each(lambda control: control.end_weight_update())
         return Sent(total, largest)
 
 
 def packed(bucket: Bucket) -> str:
-    """`bucket` as SGLang reads it: base64 of a pickle of (name, CPU tensor) pairs, each with just its own numbers."""
-    own = [(name, tensor.detach().cpu().contiguous().clone()) for name, tensor in bucket]
-    return base64.b64encode(pickle.dumps(own, protocol=pickle.HIGHEST_PROTOCOL)).decode("ascii")
+    """`bucket` as SGLang reads it: base64 of a pickle of one run of bytes, and of what is where in it.
+
+    One tensor, because a pickle has some kilobytes and a good part of a millisecond for each, and a mixture of experts has
+    tens of thousands. SGLang reads the fields of the description by name, so it need not be of SGLang's own class, which is
+    not installed here; `SimpleNamespace` is among the few classes that it allows in a pickle.
+    """
+    places, start = [], 0
+    for name, tensor in bucket:
+        end = start + tensor.numel() * tensor.element_size()
+        place = {"name": name, "shape": tuple(tensor.shape), "dtype": tensor.dtype}
+        places.append(SimpleNamespace(**place, start_idx=start, end_idx=end, numel=end - start))
+        start = end
+    flat = {"flattened_tensor": joined(bucket).cpu(), "metadata": places}
+    return base64.b64encode(pickle.dumps(flat, protocol=pickle.HIGHEST_PROTOCOL)).decode("ascii")

@@ -26,7 +26,8 @@ from megatron_pz.engine.sglang.served import check_served
 from megatron_pz.engine.sglang.specs import make_fleet
 from megatron_pz.platform.base import torch_dtype
 from megatron_pz.sync.collective import CollectiveTransport, make_stages
-from megatron_pz.sync.disk import DiskTransport
+from megatron_pz.sync.disk import FILE_COPIES, DiskTransport
+from megatron_pz.sync.expected import check_export
 from megatron_pz.sync.export import iterate_hf_tensors
 from megatron_pz.sync.push import Transport, WeightPush
 from megatron_pz.sync.tensor import TensorTransport
@@ -112,9 +113,11 @@ def _push(
         if pool is not None:
             pool.is_paused = is_paused
 
-    verify = Verifier(range(1, 17), tell) if config.sglang.verify_weights else lambda receivers: None
+    export = functools.partial(iterate_hf_tensors, group=parallel.control_group)
+    verify = Verifier(range(1, 17), export, tell) if config.sglang.verify_weights else None
+    examine = functools.partial(check_export, group=parallel.control_group)
     transport = make_transport(config, parallel, folder, io)
-    return WeightPush(transport, io, controls, config.sglang.pause_mode, paused, verify, tell)
+    return WeightPush(transport, io, controls, config.sglang.pause_mode, paused, verify, tell, examine)
 
 
 def make_transport(config: Config, parallel: Parallel, folder: Path, io: IoThread | None) -> Transport:
@@ -132,6 +135,7 @@ def make_transport(config: Config, parallel: Parallel, folder: Path, io: IoThrea
             dtype=torch_dtype(config.model.params_dtype),
             group=parallel.control_group,
             is_rank0=parallel.is_rank0,
+            max_file_bytes=bucket_bytes // FILE_COPIES,
         )
         return DiskTransport(
             lambda weights, to: write(weights, out_dir=to),

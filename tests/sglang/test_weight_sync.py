@@ -1,7 +1,9 @@
 """New weights reach a real server by every transport, and are the trainer's (sync/, engine/sglang/control.py)."""
 
 import asyncio
+import base64
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -24,8 +26,9 @@ from megatron_pz.checkpoint.hf_import import load_hf_weights  # noqa: E402
 from megatron_pz.models.policy import build_policy  # noqa: E402
 from megatron_pz.sync.collective import CollectiveTransport, make_stages  # noqa: E402
 from megatron_pz.sync.disk import DiskTransport  # noqa: E402
+from megatron_pz.sync.expected import check_export  # noqa: E402
 from megatron_pz.sync.export import iterate_hf_tensors  # noqa: E402
-from megatron_pz.sync.push import Receivers, WeightPush  # noqa: E402
+from megatron_pz.sync.push import WeightPush  # noqa: E402
 from megatron_pz.sync.tensor import TensorTransport  # noqa: E402
 from megatron_pz.sync.verify import Verifier  # noqa: E402
 from megatron_pz.train.parallel import init_parallel, shutdown  # noqa: E402
@@ -129,6 +132,26 @@ def test_a_server_samples_from_the_weights_that_were_handed_over(server, paralle
         server.restore()
 
 
+@pytest.mark.parametrize("kind", ["tensor", "distributed"])
+def test_a_server_of_a_mixture_of_experts_does_too(moe_server, parallel, io, tmp_path, kind):
+    first, second = (sglang_models.make_moe(tmp_path / f"m{seed}", seed=seed) for seed in (21, 22))
+    control = Control(client_of(moe_server))
+    verify = Verifier(range(1, 17), iterate_hf_tensors, pytest.fail)
+    way = transport(kind, parallel, io, tmp_path, first)
+    push = WeightPush(way, io, [control], "retract", verify=verify, examine=check_export)
+    try:
+        for version, folder in ((3, first), (4, second)):
+            assert push(policy(folder), version, [0]) == [], push.last
+            found = answers(io, moe_server)
+            difference = largest_difference(found, folder)
+            print(f"\nMoE, {kind}: largest difference {difference:.1e}, {push.last}")
+            assert difference < TOLERANCE
+        assert largest_difference(found, first) > 0.1
+    finally:
+        io.run(control.client.close())
+        moe_server.restore()
+
+
 @pytest.mark.parametrize("mode", ["retract", "in_place", "abort"])
 def test_requests_under_way_go_on_with_the_new_weights_or_are_given_up(server, parallel, io, tmp_path, mode):
     before, after = (sglang_models.make_dense(tmp_path / f"m{seed}", seed=seed) for seed in (13, 16))
@@ -175,34 +198,34 @@ def test_a_server_that_is_gone_is_reported_and_the_other_goes_on(server, paralle
         server.restore()
 
 
-def test_servers_are_compared_tensor_by_tensor(server, parallel, io, tmp_path):
-    folder = sglang_models.make_dense(tmp_path / "m", seed=17)
-    controls, told = [Control(client_of(server)) for _ in range(2)], []
-    verify = Verifier(range(1, 17), told.append)
-    push = WeightPush(TensorTransport(iterate_hf_tensors, BUCKET_BYTES), io, controls[:1], "retract", verify=verify)
+class Deaf(Control):
+    """Drops one tensor on its way, as a server does with a name that it does not know."""
+
+    async def update_weights_from_tensor(self, payloads, *, load_format=None):
+        flat = pickle.loads(base64.b64decode(payloads[0]))
+        flat["metadata"] = [place for place in flat["metadata"] if not place.name.endswith("1.mlp.up_proj.weight")]
+        left = base64.b64encode(pickle.dumps(flat)).decode()
+        await super().update_weights_from_tensor([left], load_format=load_format)
+
+
+def test_a_tensor_that_did_not_arrive_is_noticed(server, parallel, io, tmp_path):
+    before, after = (sglang_models.make_dense(tmp_path / f"m{seed}", seed=seed) for seed in (17, 18))
+    told, control = [], Control(client_of(server))
+    verify = Verifier(range(1, 17), iterate_hf_tensors, told.append)
+
+    def push(control, folder, version):
+        transport = TensorTransport(iterate_hf_tensors, BUCKET_BYTES)
+        pushed = WeightPush(transport, io, [control], "retract", verify=verify, tell=told.append, examine=check_export)
+        return pushed(policy(folder), version, [0])
+
     try:
-        weights = policy(folder)
-        assert push(weights, 1, [0]) == []
-        with torch.no_grad():
-            weights[0].decoder.layers[1].mlp.linear_fc2.weight.add_(0.01)
-        assert push(weights, 2, [0]) == [] and len(told) == 1
-        assert "tensors of the servers did not change" in told[0]
-        receivers = Receivers(io, dict(enumerate(controls)))
-        verify(receivers)
-        assert receivers.faults == {}
-
-        class Other(Control):
-            async def checksums(self):
-                found = await super().checksums()
-                found["ranks"][0]["checksums"]["model.norm.weight"] = "0" * 16
-                return found
-
-        receivers = Receivers(io, {0: controls[0], 1: Other(controls[1].client)})
-        verify(receivers)
-        assert "differ in 1 of" in str(receivers.faults[1]) and "0/model.norm.weight" in str(receivers.faults[1])
+        assert push(control, before, 1) == [] and told == []  # every tensor has the trainer's digest
+        assert push(Deaf(control.client), after, 2) == [0]
+        assert "and the trainer differ in 1 of" in told[0] and "0/model.layers.1.mlp.gate_up_proj.weight" in told[0]
+        with pytest.raises(TimeoutError):  # still paused: nothing is sampled from a mixture
+            io.run(asyncio.wait_for(control.client.generate("mixed", PROMPTS[0], SamplingParams(max_new_tokens=1)), 2))
     finally:
-        for control in controls:
-            io.run(control.client.close())
+        io.run(control.client.close())
         server.restore()
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from megatron_pz.engine.sglang.control import Control
 from megatron_pz.engine.sglang.faults import ServerLost, ServerRefused
 from megatron_pz.engine.sglang.io_thread import IoThread
+from megatron_pz.errors import ModelError
 from megatron_pz.sync.buckets import buckets
 from megatron_pz.sync.push import WeightPush
 from megatron_pz.sync.tensor import TensorTransport
@@ -38,8 +39,12 @@ class ScriptedClient:
             raise self.fails[path]
         text = json.dumps(body).encode()  # as it goes over the wire
         if path == "/update_weights_from_tensor" and self.reads:
-            for name, tensor in pickle.loads(base64.b64decode(json.loads(text)["serialized_named_tensors"][0])):
-                self.tensors[name] = float(tensor.sum())
+            found = json.loads(text)
+            assert found["load_format"] == "flattened_bucket"
+            flat = pickle.loads(base64.b64decode(found["serialized_named_tensors"][0]))
+            for place in flat["metadata"]:
+                run = flat["flattened_tensor"][place.start_idx : place.end_idx]
+                self.tensors[place.name] = float(run.view(place.dtype).reshape(place.shape).sum())
         if path == "/update_weight_version":
             self.version = body["new_version"]
         return {"success": True}
@@ -73,6 +78,24 @@ def test_buckets_keep_the_order_and_the_bound(sizes, max_bytes):
         assert len(bucket) == 1 or sum(tensor.nbytes for _, tensor in bucket) <= max_bytes
     for one, other in zip(found, found[1:], strict=False):  # as few as there can be in this order
         assert sum(tensor.nbytes for _, tensor in one) + other[0][1].nbytes > max_bytes
+
+
+def test_a_bucket_has_one_dtype():
+    """Else a float32 tensor might begin where no float32 can."""
+    mixed = [("a", torch.ones(3, dtype=torch.bfloat16)), ("b", torch.ones(2)), ("c", torch.ones(2))]
+    assert [[name for name, _ in bucket] for bucket in buckets(mixed, 1000)] == [["a"], ["b", "c"]]
+
+
+def test_weights_that_do_not_fit_are_refused_before_a_server_hears_of_them(io):
+    def examine(weights):
+        raise ModelError("missing")
+
+    client = ScriptedClient()
+    transport = TensorTransport(lambda given: iter(given), 5600)
+    push = WeightPush(transport, io, [Control(client)], "retract", examine=examine)
+    with pytest.raises(ModelError):
+        push(weights([1]), 1, [0])
+    assert client.paths == []
 
 
 def test_a_push_pauses_sends_flushes_stamps_and_goes_on(io):
