@@ -23,7 +23,7 @@ from megatron_pz.engine.sglang.fleet import Fleet
 from megatron_pz.engine.sglang.io_thread import IoThread
 from megatron_pz.engine.sglang.pool import Pool
 from megatron_pz.engine.sglang.served import check_served
-from megatron_pz.engine.sglang.specs import make_fleet
+from megatron_pz.engine.sglang.specs import context_length, make_fleet
 from megatron_pz.platform.base import torch_dtype
 from megatron_pz.sync.collective import CollectiveTransport, make_stages
 from megatron_pz.sync.disk import FILE_COPIES, DiskTransport
@@ -62,9 +62,10 @@ def make_engine(
     if not parallel.is_rank0:
         return SGLangEngine(ranks, _push(config, parallel, folder, tell, None, []))
     run_dir = Path(config.checkpoint.run_dir)
-    wanted = config.task.max_prompt_tokens + config.engine.max_response_tokens
-    context_length = min(wanted, int(hf_config["max_position_embeddings"]))
-    fleet, key = make_fleet(config, folder, run_dir, context_length=context_length)
+    longest = context_length(config, hf_config)
+    # On one machine servers take the GPUs after the trainer's, unless they share them.
+    first_gpu = 0 if config.sglang.colocate else parallel.world_size
+    fleet, key = make_fleet(config, folder, run_dir, context_length=longest, first_gpu=first_gpu)
     io = IoThread()
     try:
         io.run(fleet.wait_ready(config.sglang.server_start_timeout_s, Progress(tell)))
@@ -73,7 +74,7 @@ def make_engine(
             Client,
             api_key=key,
             vocab_size=int(hf_config["vocab_size"]),
-            context_length=context_length,
+            context_length=longest,
             experts_shape=_experts_shape(config, hf_config),
         )
         router = client(config.sglang.router_url) if config.sglang.router_url else None
@@ -161,7 +162,7 @@ def make_transport(config: Config, parallel: Parallel, folder: Path, io: IoThrea
 
 
 def _experts_shape(config: Config, hf_config: Mapping[str, Any]) -> tuple[int, int] | None:
-    if not config.train.routing_replay:
+    if not config.train.routing_replay or "num_experts_per_tok" not in hf_config:
         return None
     return int(hf_config["num_hidden_layers"]), int(hf_config["num_experts_per_tok"])
 
