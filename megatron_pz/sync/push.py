@@ -13,8 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatron_pz.engine.sglang.control import Control, PauseMode
+from megatron_pz.engine.sglang.faults import ServerRefused
 from megatron_pz.engine.sglang.io_thread import IoThread
 from megatron_pz.errors import EngineError
+
+IDLE_TIMEOUT_S, IDLE_INTERVAL_S = 1800.0, 0.2
 
 
 class Receivers:
@@ -58,6 +61,27 @@ class Receivers:
         asked = [call(server, control) for server, control in self.controls.items()]
         results = await asyncio.gather(*asked, return_exceptions=True)
         return dict(zip(self.controls, results, strict=True))
+
+
+async def flush_when_idle(control: Control) -> None:
+    """After a pause in place: have `control`'s server forget the old weights' prefixes, as soon as it can.
+
+    Requests under way go on with their old caches and leave them behind for others to find; the server refuses to forget
+    them before these requests are done. New ones must not be sent meanwhile. The run's own servers keep no prefixes.
+
+    Raises:
+        ServerRefused: requests, perhaps another program's, still ran after IDLE_TIMEOUT_S.
+    """
+    if (await control.server_info()).get("disable_radix_cache"):
+        return
+    deadline = time.monotonic() + IDLE_TIMEOUT_S
+    while True:
+        try:
+            return await control.flush_cache()
+        except ServerRefused:
+            if time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(IDLE_INTERVAL_S)
 
 
 class Transport(Protocol):
@@ -106,7 +130,7 @@ class WeightPush:
         transport: sends.
         io, controls: of rank 0; None and empty elsewhere.
         pause_mode: what happens to requests under way.
-        paused: told True when servers are about to pause and False when they go on.
+        paused: told True when servers are about to pause, and False when requests may be sent again.
         verify: further checks of all servers that took the weights, at each push (sync/verify.py).
         tell: takes a line about each server that did not take them.
         examine: raises an error if the weights are not what servers can be given; at the first push, before all else.
@@ -145,6 +169,8 @@ class WeightPush:
             if self._verify is not None:
                 self._verify.weights(weights, receivers)
             receivers.each(lambda control: control.continue_generation())
+            if keeps_caches:
+                receivers.each(flush_when_idle)
             if self._verify is not None:
                 self._verify.probe(receivers)
         finally:

@@ -18,6 +18,7 @@ from megatron_pz.engine.sglang.control import Control
 from megatron_pz.engine.sglang.faults import ServerLost, ServerRefused
 from megatron_pz.engine.sglang.io_thread import IoThread
 from megatron_pz.errors import ModelError
+from megatron_pz.sync import push as push_module
 from megatron_pz.sync.buckets import buckets
 from megatron_pz.sync.push import WeightPush
 from megatron_pz.sync.tensor import TensorTransport
@@ -113,6 +114,34 @@ def test_a_push_pauses_sends_flushes_stamps_and_goes_on(io):
         "/continue_generation",
     ]
     assert (report.num_bytes, report.largest_bucket_bytes, client.version) == (2000, 800, "3")
+
+
+@pytest.mark.parametrize("has_prefixes", [True, False])
+def test_a_pause_in_place_ends_when_the_old_prefixes_are_forgotten(io, monkeypatch, has_prefixes):
+    monkeypatch.setattr(push_module, "IDLE_INTERVAL_S", 0.0)
+
+    class Busy(ScriptedClient):
+        """Two requests are still under way when the push is done."""
+
+        async def post(self, path, body, timeout_s=None):
+            found = await super().post(path, body, timeout_s)
+            if path == "/flush_cache" and self.paths.count(path) < 3:
+                raise ServerRefused("u", path, 400, "requests run")
+            return found
+
+        async def get(self, path, timeout_s=None):
+            return await super().get(path) | {"disable_radix_cache": not has_prefixes}
+
+    client, states = Busy(), []
+    transport = TensorTransport(lambda given: iter(given), 5600)
+    push = WeightPush(
+        transport, io, [Control(client)], "in_place", lambda paused: states.append((paused, *client.paths))
+    )
+    assert push(weights([10]), 3, [0]) == []
+    after_continue = ["/flush_cache"] * 3 if has_prefixes else []
+    assert client.paths[-1 - len(after_continue) :] == ["/continue_generation", *after_continue]
+    assert [state[0] for state in states] == [True, False]
+    assert states[1][1:] == tuple(client.paths)  # nothing new is sent before
 
 
 @pytest.mark.parametrize(

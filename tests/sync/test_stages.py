@@ -1,0 +1,54 @@
+"""Four ranks: the first ranks of the pipeline stages together hand over the whole model (sync/collective.py, export.py)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hf_models
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_pz.sync.digests import server_digests
+
+WORKER = Path(__file__).parents[1] / "layouts" / "sync_worker.py"
+CASES = {
+    "qwen3 tp2 pp2": "qwen3",
+    "qwen3 untied dp2 pp2": "qwen3 untied",
+    "qwen3_moe tp2 ep2 pp2": "qwen3_moe",
+    "qwen3_moe mixed ep2 pp2": "qwen3_moe mixed",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stages")
+    for name in set(CASES.values()):
+        hf_models.make(name, folder / name)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    paths = os.pathsep.join([str(WORKER.parents[2]), str(WORKER.parents[1])])
+    done = subprocess.run(
+        [*launch, str(WORKER), str(folder)],
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stages_hand_over_each_tensor_once_and_bit_for_bit(folder, case):
+    found = json.loads((folder / "report.json").read_text())[case]
+    source = hf_models.tensors(folder / CASES[case])
+    stages = [load_file(folder / f"{case}.{index}.safetensors") for index in range(2)]
+    assert len(found["speakers"]) == 2 and found["speakers"][0] == 0
+    assert not stages[0].keys() & stages[1].keys()
+    together = stages[0] | stages[1]
+    assert together.keys() == source.keys()
+    assert [name for name in source if not torch.equal(source[name], together[name])] == []
+    assert found["digests"] == server_digests(source.items(), torch.float32)
