@@ -224,9 +224,6 @@ class CollectiveTransport:
         address: tuple[str, int] = box[0]
         return address
 
-    def _name(self, stage: Stage) -> str:
-        return f"megatron_pz-{self._run}-{stage.index}-{self._generation}"
-
     def _leave(self, receivers: Receivers) -> None:
         """Take the groups down. A server that was lost knows nothing of it."""
         if self._members and self._rank == 0 and self._io is not None and receivers.controls:

@@ -9,6 +9,8 @@ from demo_runs import ROOT, TEXT, rows, run, write_text
 
 from megatron_pz.report.metrics import WHEN, out_of_range
 
+pytestmark = pytest.mark.slow  # minutes; tests/sglang has shorter ones of the same parts
+
 POLICY = ROOT / "examples" / "demo_policy"
 NUM_EXPERTS = 4
 

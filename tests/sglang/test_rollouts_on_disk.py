@@ -17,6 +17,8 @@ from megatron_pz.checkpoint.completion_lines import completions, read_lines
 from megatron_pz.checkpoint.journal import CompletionJournal
 from megatron_pz.corpus.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow  # minutes; tests/sglang has shorter ones of the same parts
+
 
 def tool(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
