@@ -31,8 +31,8 @@ from megatron_pz.sync.buckets import Bucket, buckets, joined
 from megatron_pz.sync.push import Receivers, Sent
 
 TIMEOUT_S = 600.0
-COPIES = 2
-"""Times that a tensor is in the speaker's memory while it is sent: made whole, and among the bytes of the broadcast."""
+COPIES = 3
+"""Of a bucket in the speaker's memory: as tensors, as the bytes of the broadcast, and the tensor that comes next, made whole."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class CollectiveTransport:
         export: whole tensors of a stage on its speaker: (weights, stage) -> (name, tensor).
         stages: from `make_stages`.
         control_group: gloo group of all ranks.
-        bucket_bytes: memory for tensors under way, both copies together; a larger tensor goes alone.
+        bucket_bytes: memory for tensors under way, all copies together; a larger tensor goes alone.
         backend: "gloo" or "nccl".
         server_ranks: tensor-parallel size of a server.
         io: of rank 0.
