@@ -4,6 +4,7 @@ import asyncio
 import base64
 import json
 import pickle
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ import sglang_models
 from megatron_pz.config.schema import Config, ModelConfig
 from megatron_pz.engine.sglang.client import Client
 from megatron_pz.engine.sglang.control import Control
+from megatron_pz.engine.sglang.engine import SGLangEngine
 from megatron_pz.engine.sglang.io_thread import IoThread
+from megatron_pz.engine.sglang.pool import Pool
 from megatron_pz.platform.select import select_platform
 from megatron_pz.types import SamplingParams
 
@@ -242,4 +245,62 @@ def test_a_folder_that_is_not_there_leaves_the_weights_in_use(server, parallel, 
         assert largest_difference(answers(io, server), folder) < TOLERANCE
     finally:
         io.run(control.client.close())
+        server.restore()
+
+
+class OneRank:
+    rank = 0
+
+    def broadcast(self, thing):
+        return thing
+
+
+def test_a_server_that_refuses_half_way_is_started_again_and_given_all(server, parallel, tmp_path):
+    """It has part of the new weights then, and answers nobody until it has all of them."""
+    before, after = (sglang_models.make_dense(tmp_path / f"m{seed}", seed=seed) for seed in (19, 20))
+    io, told, interrupts = IoThread(), [], []
+
+    def export(weights):
+        for place, pair in enumerate(iterate_hf_tensors(weights)):
+            if place == 20 and interrupts:
+                server.call(interrupts.pop(), {})
+            yield pair
+
+    async def restart(index):
+        told.append("restart")
+        await asyncio.to_thread(server.process.stop, at_once=True)
+        server.process.start()
+        await server.process.wait_ready(250)
+
+    client, first_pid = client_of(server), server.pid
+    pool = Pool([client], 16, 60.0)
+
+    def paused(is_paused):
+        pool.is_paused = is_paused
+
+    push = WeightPush(TensorTransport(export, BUCKET_BYTES), io, [Control(client)], "retract", paused, tell=told.append)
+    engine = SGLangEngine(OneRank(), push, io, pool, restart)
+
+    async def conversation():
+        params = SamplingParams(max_new_tokens=300, temperature=1.0)
+        return await asyncio.gather(*(engine.generate(ids, params) for ids in PROMPTS))
+
+    try:
+        engine.load(policy(before), 1)
+        begun = engine.begin(conversation)
+        time.sleep(1)  # requests are under way
+        interrupts.append("/end_weight_update")  # so that the next bucket is refused
+        engine.load(policy(after), 2)
+        assert "did not take weights of version 2" in told[0] and "HTTP 400" in told[0] and told[1] == "restart"
+        assert len(told) == 2 and server.pid != first_pid
+        found = engine.finish(begun)
+        # The restarted server has answered all of them, and from the second version alone.
+        late = [completion for completion in found if set(completion.weight_versions) == {2}]
+        assert late and largest_difference(late, after) < TOLERANCE
+        assert all(set(completion.weight_versions) in ({1}, {2}) for completion in found)
+    finally:
+        engine.close()
+        if not server.process.is_alive():
+            server.process.start()
+            asyncio.run(server.process.wait_ready(250))
         server.restore()
