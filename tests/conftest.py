@@ -1,6 +1,7 @@
-"""One thread a test process, one process for the real servers, and a printed reason for each GPU test that cannot run."""
+"""One thread a test process, Ctrl-C heard, one process for the real servers, and a printed reason for each GPU test that cannot run."""
 
 import os
+import signal
 from typing import Any
 
 import pytest
@@ -8,7 +9,12 @@ from xdist.scheduler import LoadFileScheduling
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hold this process, and the ranks that its tests start, to one thread: they share the cores."""
+    """Hold this process, and the ranks that its tests start, to one thread: they share the cores.
+
+    A shell that puts `make test` into the background has it ignore Ctrl-C; the tests of Ctrl-C need it heard.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from megatron_pz.types import Completion, SamplingParams
@@ -58,6 +58,10 @@ class Engine(Protocol):
 
     def wake(self) -> None:
         """Take the memory back; weights are those of the next `load`."""
+        ...
+
+    def lap(self) -> Mapping[str, float]:
+        """What happened since the last call, by the names of `report.metrics`; empty on ranks other than 0."""
         ...
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ from megatron_pz.engine.sglang.io_thread import IoThread
 from megatron_pz.engine.sglang.pool import Pool
 from megatron_pz.engine.sglang.served import check_served
 from megatron_pz.engine.sglang.specs import context_length, make_fleet
+from megatron_pz.errors import EngineError
 from megatron_pz.platform.base import torch_dtype
 from megatron_pz.sync.collective import CollectiveTransport, make_stages
 from megatron_pz.sync.disk import FILE_COPIES, DiskTransport
@@ -169,7 +170,11 @@ def _experts_shape(config: Config, hf_config: Mapping[str, Any]) -> tuple[int, i
 
 async def _restart(fleet: Fleet, timeout_s: float, tell: Tell, server: int) -> None:
     tell(f"SGLang server {server} at {fleet.urls[server]} was lost; it is started again")
-    await fleet.restart(server, timeout_s, Progress(tell))
+    try:
+        await fleet.restart(server, timeout_s, Progress(tell))
+    except EngineError as fault:
+        tell(f"SGLang server {server} did not come back; while others live, the run goes on without it. {fault}")
+        raise
     tell(f"SGLang server {server} is back at {fleet.urls[server]}")
 
 

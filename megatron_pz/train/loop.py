@@ -50,7 +50,7 @@ def run(parts: Parts, config: Config, state: RunState) -> RunState:
         with timers("sync"):
             parts.memory.to_engine()
             parts.engine.load(parts.trainer.chunks, state.policy_version)
-        facts |= parts.memory.lap()
+        facts |= {**parts.memory.lap(), **parts.engine.lap()}
         scores = {}
         if config.evaluate.eval_interval and is_due(step, config.evaluate.eval_interval, last):
             with timers("eval"):

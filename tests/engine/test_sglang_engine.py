@@ -58,6 +58,9 @@ class ScriptedServers:
     def live(self):
         return [server for server in range(self.num) if server not in self.down]
 
+    def lap(self):
+        return {"engine/servers_live": float(len(self.live()))}
+
     async def close(self):
         self.log.append("closed")
 

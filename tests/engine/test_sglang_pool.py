@@ -176,6 +176,9 @@ async def test_a_server_that_hangs_is_lost_once_and_all_its_requests_move():
         assert await gathered(it.ask(*range(16))) == list(range(16))
         assert it.lost == [0] and it.pool.live() == [1]
         assert it.pool.counters.lost == 1
+        told = it.pool.lap()
+        assert (told["engine/servers_lost"], told["engine/servers_live"], told["engine/retries"]) == (1, 1, 8)
+        assert sum(it.pool.lap().values()) == 1  # since then: nothing but the server that lives
         assert len(it.fakes[0].received) == 8
         assert len(it.fakes[1].received) == 16  # 8 of its own
         assert it.fakes[0].num_examined == 1

@@ -8,7 +8,7 @@ next requests make the next round. Nothing depends on the clock.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -120,6 +120,10 @@ class EmbeddedEngine:
 
     def wake(self) -> None:
         """Nothing was given up."""
+
+    def lap(self) -> Mapping[str, float]:
+        """Nothing goes wrong unseen."""
+        return {}
 
     def close(self) -> None:
         """Nothing is held between rounds."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -40,6 +40,8 @@ class Servers(Protocol):
         ...
 
     def live(self) -> list[int]: ...
+
+    def lap(self) -> Mapping[str, float]: ...
 
     async def close(self) -> None: ...
 
@@ -158,6 +160,10 @@ class SGLangEngine:
         """Have the servers take it back."""
         if self.io is not None and self.share_memory is not None:
             self.io.run(self.share_memory[1]())
+
+    def lap(self) -> Mapping[str, float]:
+        """Faults since the last call, and the servers that answer now."""
+        return self._servers.lap() if self._servers is not None else {}
 
     def close(self) -> None:
         """Give up what is under way, stop the run's own servers and the background thread."""

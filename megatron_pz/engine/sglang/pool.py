@@ -13,9 +13,9 @@ from __future__ import annotations
 import asyncio
 import random
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_pz.engine.sglang.client import Client
 from megatron_pz.engine.sglang.faults import ServerBusy, ServerLost, ServerRefused
@@ -70,6 +70,7 @@ class Pool:
         self.patience = patience
         self.on_lost: Callable[[int], Awaitable[None]] | None = None
         self.counters = Counters()
+        self._last_lap = Counters()
         self.in_flight = [0] * len(clients)
         self._slots = asyncio.Semaphore(max_running_requests)
         # By the task that waits for the answer: the server (None: the router's choice) and the request's name.
@@ -97,6 +98,17 @@ class Pool:
     def live(self) -> list[int]:
         """Servers that may be asked."""
         return [index for index in range(len(self.clients)) if index not in self._returning and index not in self._gone]
+
+    def lap(self) -> Mapping[str, float]:
+        """Faults since the last call, and the servers that answer now, as metrics."""
+        now, before = replace(self.counters), self._last_lap
+        self._last_lap = now
+        return {
+            "engine/retries": float(now.retries - before.retries),
+            "engine/aborted": float(now.aborted - before.aborted),
+            "engine/servers_lost": float(now.lost - before.lost),
+            "engine/servers_live": float(len(self.live())),
+        }
 
     async def generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
         """One sampled response; see `types.Generate`.
