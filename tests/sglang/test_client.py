@@ -6,6 +6,8 @@ import random
 import signal
 import subprocess
 import time
+import urllib.request
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ import torch
 from megatron_pz.engine.sglang.client import Client
 from megatron_pz.engine.sglang.control import Control
 from megatron_pz.engine.sglang.faults import ServerRefused
+from megatron_pz.engine.sglang.fleet import free_port
 from megatron_pz.engine.sglang.io_thread import IoThread
 from megatron_pz.engine.sglang.pool import Pool
+from megatron_pz.engine.sglang.server import ServerSpec
 from megatron_pz.errors import EngineError
 from megatron_pz.types import SamplingParams
 
@@ -37,13 +41,44 @@ def another(launch, dense_model):
     served.process.stop(at_once=True)
 
 
+@pytest.fixture(scope="module")
+def router(server, another, server_python, tmp_path_factory):
+    """An sglang-router in front of both; a client of it."""
+    port, log = free_port("127.0.0.1"), tmp_path_factory.mktemp("router") / "router.log"
+    command = [str(server_python), "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--worker-urls", server.url, another.url, "--policy", "round_robin", "--api-key", server.api_key]
+    command += ["--disable-retries", "--prometheus-port", str(free_port("127.0.0.1"))]
+    with log.open("w") as told, subprocess.Popen(command, stdout=told, stderr=told) as process:
+        try:
+            until(lambda: is_healthy(f"http://127.0.0.1:{port}/readiness", process), 60)
+            yield replace(server, process=RouterAddress(f"http://127.0.0.1:{port}", server.process.spec))
+        finally:
+            process.terminate()
+
+
+@dataclass(frozen=True)
+class RouterAddress:
+    url: str
+    spec: ServerSpec
+
+
+def is_healthy(url, process):
+    assert process.poll() is None, "the router ended"
+    try:
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            return reply.status == 200
+    except OSError:
+        return False
+
+
 @pytest.fixture
 def pooled(io):
     """pooled(server, ...) -> (pool, the servers that `on_lost` was told, what lets it return)."""
     pools = []
 
-    def make(*servers, at_once=64, timeout_s=60.0, health_timeout_s=20.0):
-        pool = Pool([client_of(one, health_timeout_s=health_timeout_s) for one in servers], at_once, timeout_s)
+    def make(*servers, at_once=64, timeout_s=60.0, health_timeout_s=20.0, router=None):
+        clients = [client_of(one, health_timeout_s=health_timeout_s) for one in servers]
+        pool = Pool(clients, at_once, timeout_s, client_of(router) if router else None)
         lost, back = [], asyncio.Event()
 
         async def on_lost(server):
@@ -169,6 +204,28 @@ def test_no_more_requests_are_under_way_than_the_limit(io, server, pooled):
     assert len(future.result()) == 9 and 1 <= most <= 3
 
 
+def test_a_router_in_front_passes_requests_on_to_both_and_answers_as_a_server_does(io, server, another, router, pooled):
+    greedy, asked = SamplingParams(40, temperature=0.0), prompts(8, seed=7)
+    direct, _, _ = pooled(server)
+    expected = io.run(ask_all(direct, asked, greedy))
+    pool, lost, _ = pooled(server, another, router=router)
+    future = io.submit(ask_all(pool, asked, greedy))
+    until(lambda: under_way(server) and under_way(another))
+    for found, wanted in zip(future.result(60), expected, strict=True):
+        assert (found.prompt_ids, found.token_ids, found.finish_reason) == (
+            wanted.prompt_ids,
+            wanted.token_ids,
+            wanted.finish_reason,
+        )
+        assert found.logprobs == pytest.approx(wanted.logprobs, abs=TOLERANCE)
+    given_up = [io.submit(pool.generate(prompt, SamplingParams(1900))) for prompt in prompts(4, seed=8)]
+    until(lambda: under_way(server) + under_way(another) == 4)
+    for future in given_up:
+        future.cancel()
+    until(lambda: under_way(server) + under_way(another) == 0)
+    assert lost == [] and pool.counters.retries == 0
+
+
 @pytest.mark.parametrize(("mode", "seconds"), [("retract", 7.0), ("in_place", 0.2), ("abort", 0.2)])
 def test_a_pause_loses_no_server_and_every_token_tells_its_weights(io, server, pooled, mode, seconds):
     pool, lost, _ = pooled(server, timeout_s=0.5, health_timeout_s=5.0)  # less than the longest of the pauses
@@ -219,17 +276,19 @@ def test_a_server_that_hangs_is_lost_its_requests_move_and_it_comes_back(io, ser
     assert len(found) == 8 and lost == [1]
 
 
-def test_requests_of_a_server_that_is_killed_are_answered_by_the_other_once_each(io, server, another, pooled):
-    pool, lost, _ = pooled(server, another)
-    future = io.submit(ask_all(pool, asked := prompts(16, seed=6), SamplingParams(150)))
-    until(lambda: under_way(another) >= 3)
-    done_before = pool.counters.tokens
+def test_requests_of_a_server_that_is_killed_are_answered_by_the_other_once_each(io, server, another, router, pooled):
+    pools = {"asked directly": pooled(server, another), "through a router": pooled(server, another, router=router)}
+    asked = prompts(16, seed=6)
+    begun = {how: io.submit(ask_all(pool, asked, SamplingParams(150))) for how, (pool, _, _) in pools.items()}
+    until(lambda: under_way(another) >= 12)
     os.kill(another.pid, signal.SIGKILL)
-    found = future.result(60)
-    assert [completion.prompt_ids for completion in found] == asked
-    assert all(completion.finish_reason in ("length", "stop") for completion in found)
-    assert lost == [1] and pool.live() == [0]
-    counters = pool.counters
-    print(f"\nkilled after {done_before} tokens; {counters.retries} of {counters.requests} requests were asked again")
-    assert counters.requests == 16 and 3 <= counters.retries <= 8
-    assert counters.tokens == sum(len(completion.token_ids) for completion in found)
+    for how, (pool, lost, _) in pools.items():
+        found = begun[how].result(60)
+        assert [completion.prompt_ids for completion in found] == asked
+        assert all(completion.finish_reason in ("length", "stop") for completion in found)
+        assert lost == [1] and pool.live() == [0]
+        counters = pool.counters
+        print(f"\n{how}: {counters.retries} of {counters.requests} requests were asked again")
+        # All are, at the worst, through a router: it does not say which server has which.
+        assert counters.requests == 16 and 3 <= counters.retries <= (16 if "router" in how else 8)
+        assert counters.tokens == sum(len(completion.token_ids) for completion in found)
