@@ -2,7 +2,8 @@
 #                    ENGINE=sglang has a real SGLang server generate, in runs/demo_sglang
 # make demo-smollm2  the same with SmolLM2-135M-Instruct
 # make test          lint, types, layers, tests        make test-slow  the long ones
-# make clean         removes .venv, .venv-sglang and caches, keeps runs/
+# make test-latest   the same tests with the newest megatron-core, on Python 3.12, in .venv-latest
+# make clean         removes .venv, .venv-latest, .venv-sglang and caches, keeps runs/
 # PYTHON=python3.12 chooses the interpreter of a new .venv (3.11, else 3.12, by default).
 
 SHELL := bash
@@ -14,14 +15,15 @@ STEPS ?=
 # Test processes side by side; each computes with one thread.
 WORKERS ?= 2
 PY := .venv/bin/python
+LATEST := .venv-latest
 OVERRIDES := $(if $(STEPS),--train-iters $(STEPS))
 ENGINE ?= embedded
 SGLANG := $(filter sglang,$(ENGINE))
 
-.PHONY: demo demo-smollm2 demo-corpus smollm2 test test-slow lint server bench-env clean help
+.PHONY: demo demo-smollm2 demo-corpus smollm2 test test-slow test-latest lint server bench-env clean help
 
 help:
-	@sed -n 's/^# //p' Makefile | head -n 6
+	@sed -n 's/^# //p' Makefile | head -n 7
 
 demo: demo-corpus $(if $(SGLANG),server)
 	@$(PY) -m megatron_pz examples/demo.toml --engine $(ENGINE) $(if $(SGLANG),--run-dir runs/demo_sglang) $(OVERRIDES)
@@ -37,8 +39,14 @@ smollm2:
 	@tools/setup_env.sh smollm2
 	@$(PY) tools/make_smollm2.py .cache/smollm2-135m-instruct
 
+QUICK := -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: lint server
-	@PZ_NEEDS_SERVER=1 $(PY) -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	@PZ_NEEDS_SERVER=1 $(PY) $(QUICK)
+
+test-latest: server
+	@PZ_VENV=$(LATEST) PYTHON=$${PYTHON:-python3.12} tools/setup_env.sh test
+	@PZ_NEEDS_SERVER=1 $(LATEST)/bin/python $(QUICK)
 
 test-slow: smollm2
 	@tools/setup_env.sh test
@@ -61,6 +69,6 @@ bench-env:
 	@tools/setup_env.sh bench
 
 clean:
-	@rm -rf .venv .venv-sglang .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf .venv $(LATEST) .venv-sglang .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo 'clean: runs/ is kept'

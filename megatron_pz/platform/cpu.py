@@ -43,19 +43,6 @@ class CpuPlatform(Platform):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
         return {"allocated": psutil.Process().memory_info().rss, "peak": peak}
 
-    def rng_state(self) -> dict[str, Any]:
-        """State of torch's CPU generator and of Megatron's tracker."""
-        from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-        return {"torch": torch.get_rng_state(), "tracker": dict(get_cuda_rng_tracker().get_states())}
-
-    def set_rng_state(self, state: dict[str, Any]) -> None:
-        """Put back what `rng_state` returned."""
-        from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-        torch.set_rng_state(state["torch"])
-        get_cuda_rng_tracker().set_states(dict(state["tracker"]))
-
     def transformer_defaults(self, transformer_impl: str | None = None) -> dict[str, Any]:
         """No fused kernels; weights initialised on the CPU, whole and then cut, so that layouts start equal."""
         from megatron_pz.platform.local_spec import LOCAL_DEFAULTS

@@ -55,21 +55,6 @@ class CudaPlatform(Platform):
         """Bytes of torch's allocator on this GPU."""
         return {"allocated": torch.cuda.memory_allocated(), "peak": torch.cuda.max_memory_allocated()}
 
-    def rng_state(self) -> dict[str, Any]:
-        """States of both of torch's generators and of Megatron's tracker."""
-        from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-        tracker = dict(get_cuda_rng_tracker().get_states())
-        return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(), "tracker": tracker}
-
-    def set_rng_state(self, state: dict[str, Any]) -> None:
-        """Put back what `rng_state` returned."""
-        from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-        torch.set_rng_state(state["torch"])
-        torch.cuda.set_rng_state(state["cuda"])
-        get_cuda_rng_tracker().set_states(dict(state["tracker"]))
-
     def transformer_defaults(self, transformer_impl: str | None = None) -> dict[str, Any]:
         """Transformer Engine with its fusions, unless the local layers are asked for."""
         from megatron_pz.platform.local_spec import LOCAL_DEFAULTS

@@ -10,14 +10,11 @@ from megatron_pz.platform.select import select_platform
 
 PLATFORM = select_platform("cpu")
 
-from megatron.core.tensor_parallel import get_cuda_rng_tracker  # noqa: E402
 
-from megatron_pz.config.schema import Config  # noqa: E402
 from megatron_pz.errors import ConfigError, LayoutError  # noqa: E402
 from megatron_pz.platform.base import torch_dtype  # noqa: E402
 from megatron_pz.platform.cpu_layers import PackedAttention, RMSNorm  # noqa: E402
 from megatron_pz.platform.cuda import CudaPlatform  # noqa: E402
-from megatron_pz.train.parallel import init_parallel, shutdown  # noqa: E402
 
 
 def settings(**fields):
@@ -73,25 +70,6 @@ def test_tensors_made_for_cuda_lie_on_the_cpu_and_keep_everything_else():
     with torch.device("meta"):
         assert torch.zeros(1).is_meta  # the planner's way of building without memory
     assert torch.ones(1).type() == "torch.FloatTensor"  # only Megatron's optimizers are told otherwise
-
-
-def test_random_states_come_back():
-    init_parallel(Config().parallel, PLATFORM, seed=5)
-    try:
-        state = PLATFORM.rng_state()
-        assert set(state["tracker"]) >= {"model-parallel-rng", "expert-parallel-rng"}
-
-        def drawn():
-            with get_cuda_rng_tracker().fork():
-                inner = torch.rand(3)
-            return torch.cat([torch.rand(3), inner])
-
-        first, second = drawn(), drawn()
-        assert not torch.equal(first, second)
-        PLATFORM.set_rng_state(state)
-        assert torch.equal(drawn(), first)
-    finally:
-        shutdown()
 
 
 def test_the_norm_divides_by_the_root_mean_square_and_knows_sequence_parallelism():
