@@ -235,6 +235,12 @@ def servers_are_named_or_started(config: Config, world_size: int) -> Iterator[st
             f"sglang.colocate is true with engine.async_steps {config.engine.async_steps} and engine.stragglers "
             f"{config.engine.stragglers!r}: requests would be under way while the servers have no memory. Use 0 and 'wait' or 'cut'."
         )
+    on_gpus = sglang.num_servers * sglang.gpus_per_server
+    if sglang.colocate and not sglang.server_urls and on_gpus > world_size:
+        yield (
+            f"sglang.colocate is true with sglang.num_servers {sglang.num_servers} x sglang.gpus_per_server "
+            f"{sglang.gpus_per_server} = {on_gpus} GPUs, and the trainer has {world_size}. Start fewer or smaller servers."
+        )
     if (config.engine.over_sampling > 0) != (config.engine.stragglers != "wait"):
         yield (
             f"engine.over_sampling is {config.engine.over_sampling} while engine.stragglers is {config.engine.stragglers!r}; "

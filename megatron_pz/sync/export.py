@@ -16,7 +16,7 @@ from megatron_pz.models.shards import Shard, shards_of
 
 
 def iterate_hf_tensors(
-    chunks: Sequence[torch.nn.Module], group: Any = None, to_rank: int = 0
+    chunks: Sequence[torch.nn.Module], group: Any = None, to_rank: int | None = 0
 ) -> Iterator[tuple[str, Tensor]]:
     """(HF name, whole tensor) of every weight that `group` holds, on one rank; nothing on its other ranks, which must
     iterate too.
@@ -26,7 +26,7 @@ def iterate_hf_tensors(
     Args:
         chunks: this rank's model chunks, wrapped or not.
         group: gloo group of all ranks, or of a pipeline stage; needed with more than one rank.
-        to_rank: the rank of the world that gets the tensors, one of `group`.
+        to_rank: the rank of the world that gets the tensors, one of `group`; None: every rank of it does.
 
     Raises:
         ModelError: the ranks together lack a piece of a tensor.
@@ -36,14 +36,17 @@ def iterate_hf_tensors(
         for shard in shards.values():
             yield from _whole(shard, [shard.parameter.detach()])
         return
-    gets_them = dist.get_rank() == to_rank
+    gets_them = to_rank in (None, dist.get_rank())
     held: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(held, list(shards), group=group)
     for names in dict.fromkeys(names for rank_names in held for names in rank_names):
         own = shards.get(names)
         sent = (_recipe(own), own.rank, own.parameter.detach().cpu()) if own and _is_first_replica(own) else None
         pieces: list[Any] | None = [None] * len(held) if gets_them else None
-        dist.gather_object(sent, pieces, dst=to_rank, group=group)
+        if to_rank is None:
+            dist.all_gather_object(pieces, sent, group=group)
+        else:
+            dist.gather_object(sent, pieces, dst=to_rank, group=group)
         if pieces is None:
             continue
         found = {rank: (recipe, piece) for recipe, rank, piece in filter(None, pieces)}

@@ -1,7 +1,7 @@
 """Weights in the bodies of requests, bucket by bucket. Needs no disk and no group; for CPUs and small models.
 
-Bytes travel through host memory, also to a server on the same GPU: handles of CUDA memory (IPC) are not sent. For weights that
-stay on GPUs there is `distributed`.
+Bytes travel through host memory. To servers on the trainer's own devices `sync.handles` sends their places instead, and for
+weights that stay on GPUs there is `distributed`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_pz.sync.buckets import Bucket, buckets, joined
@@ -54,7 +55,14 @@ class TensorTransport:
 
 
 def packed(bucket: Bucket) -> str:
-    """`bucket` as SGLang reads it: base64 of a pickle of one run of bytes, and of what is where in it.
+    """`bucket` as SGLang reads it: base64 of the pickle of `flattened`."""
+    return base64.b64encode(
+        pickle.dumps(flattened(bucket, torch.device("cpu")), protocol=pickle.HIGHEST_PROTOCOL)
+    ).decode("ascii")
+
+
+def flattened(bucket: Bucket, device: torch.device) -> dict[str, Any]:
+    """`bucket` as one run of bytes on `device`, and what is where in it.
 
     One tensor, because a pickle has some kilobytes and a good part of a millisecond for each, and a mixture of experts has
     tens of thousands. SGLang reads the fields of the description by name, so it need not be of SGLang's own class, which is
@@ -66,5 +74,4 @@ def packed(bucket: Bucket) -> str:
         place = {"name": name, "shape": tuple(tensor.shape), "dtype": tensor.dtype}
         places.append(SimpleNamespace(**place, start_idx=start, end_idx=end, numel=end - start))
         start = end
-    flat = {"flattened_tensor": joined(bucket).cpu(), "metadata": places}
-    return base64.b64encode(pickle.dumps(flat, protocol=pickle.HIGHEST_PROTOCOL)).decode("ascii")
+    return {"flattened_tensor": joined(bucket).to(device), "metadata": places}

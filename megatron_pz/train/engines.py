@@ -23,13 +23,14 @@ from megatron_pz.engine.sglang.fleet import Fleet
 from megatron_pz.engine.sglang.io_thread import IoThread
 from megatron_pz.engine.sglang.pool import Pool
 from megatron_pz.engine.sglang.served import check_served
-from megatron_pz.engine.sglang.specs import context_length, make_fleet
+from megatron_pz.engine.sglang.specs import context_length, make_fleet, server_urls
 from megatron_pz.errors import EngineError
 from megatron_pz.platform.base import torch_dtype
 from megatron_pz.sync.collective import CollectiveTransport, make_stages
 from megatron_pz.sync.disk import FILE_COPIES, DiskTransport
 from megatron_pz.sync.expected import check_export
 from megatron_pz.sync.export import iterate_hf_tensors
+from megatron_pz.sync.handles import HandleTransport
 from megatron_pz.sync.push import Transport, WeightPush
 from megatron_pz.sync.tensor import TensorTransport
 from megatron_pz.sync.verify import Verifier
@@ -144,6 +145,17 @@ def make_transport(config: Config, parallel: Parallel, folder: Path, io: IoThrea
             Path(config.checkpoint.run_dir) / "weights",
             parallel.is_rank0,
             flushes=sglang.pause_mode != "in_place",
+        )
+    if sglang.weight_transport == "tensor" and sglang.colocate:
+        num_servers = len(server_urls(config)) or sglang.num_servers
+        on_devices = [range(index * server_ranks, (index + 1) * server_ranks) for index in range(num_servers)]
+        return HandleTransport(
+            functools.partial(iterate_hf_tensors, group=parallel.control_group, to_rank=None),
+            bucket_bytes,
+            on_devices if sglang.gpus_per_server else [(0,)] * num_servers,
+            parallel.device,
+            parallel.control_group,
+            io,
         )
     if sglang.weight_transport == "tensor":
         export = functools.partial(iterate_hf_tensors, group=parallel.control_group)

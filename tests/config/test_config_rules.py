@@ -96,6 +96,10 @@ def test_a_layout_that_fits_passes(fields, world_size):
         ),
         ({"engine": "sglang", "stragglers": "cut"}, r"over_sampling is 0\.0 while engine\.stragglers is 'cut'"),
         ({"routing_replay": True}, r"routing_replay is true while engine\.engine is 'embedded'"),
+        (
+            {"engine": "sglang", "colocate": True, "num_servers": 3, "gpus_per_server": 2},
+            r"num_servers 3 x sglang\.gpus_per_server 2 = 6 GPUs, and the trainer has 1",
+        ),
         ({"engine": "sglang", "colocate": True, "async_steps": 1}, r"colocate is true with engine\.async_steps 1"),
         ({"importance_cap": 1.0}, r"importance_cap is 1\.0; it must be above 1"),
         ({"router_url": "http://r:1"}, r"router_url is set and sglang\.server_urls is empty"),

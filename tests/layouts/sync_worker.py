@@ -60,7 +60,11 @@ def run(case: str, folder: Path) -> dict[str, Any]:
             assert bool(held) == (dist.get_rank() == stage.speaker)
             if held:
                 save_file(held, folder / f"{case}.{stage.index}.safetensors")
+    everywhere = server_digests(iterate_hf_tensors(chunks, parallel.control_group, None), torch.float32)
     digests = server_digests(iterate_hf_tensors(chunks, parallel.control_group), torch.float32)
+    all_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(all_ranks, everywhere)
+    assert all(found == all_ranks[0] for found in all_ranks) and (dist.get_rank() or everywhere == digests)
     parallel_state.destroy_model_parallel()
     return {"speakers": [stage.speaker for stage in stages], "digests": digests}
 

@@ -31,6 +31,7 @@ from megatron_pz.sync.collective import CollectiveTransport, make_stages  # noqa
 from megatron_pz.sync.disk import DiskTransport  # noqa: E402
 from megatron_pz.sync.expected import check_export  # noqa: E402
 from megatron_pz.sync.export import iterate_hf_tensors  # noqa: E402
+from megatron_pz.sync.handles import HandleTransport  # noqa: E402
 from megatron_pz.sync.push import WeightPush  # noqa: E402
 from megatron_pz.sync.tensor import TensorTransport  # noqa: E402
 from megatron_pz.sync.verify import Verifier  # noqa: E402
@@ -71,6 +72,9 @@ def transport(kind, parallel, io, tmp_path, folder):
         return DiskTransport(
             lambda weights, to: export_hf(weights, folder, to), tmp_path / "weights", True, flushes=True
         )
+    if kind == "handles":
+        cpu = torch.device("cpu")
+        return HandleTransport(iterate_hf_tensors, BUCKET_BYTES, [(0,)], cpu, parallel.control_group, io)
     if kind == "tensor":
         return TensorTransport(iterate_hf_tensors, BUCKET_BYTES)
     return CollectiveTransport(
@@ -114,7 +118,7 @@ def largest_difference(completions, folder):
     return worst
 
 
-@pytest.mark.parametrize("kind", ["disk", "tensor", "distributed"])
+@pytest.mark.parametrize("kind", ["disk", "tensor", "handles", "distributed"])
 def test_a_server_samples_from_the_weights_that_were_handed_over(server, parallel, io, tmp_path, kind):
     first, second = (sglang_models.make_dense(tmp_path / f"m{seed}", seed=seed) for seed in (11, 12))
     control = Control(client_of(server))
