@@ -11,6 +11,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
@@ -42,18 +43,38 @@ def load_config(argv: Sequence[str]) -> Config:
 
 
 def read_config(path: Path) -> Config:
-    """The settings in the TOML file at `path`; what it leaves out keeps its default.
+    """The settings in the TOML file at `path`; what it leaves out is as in its `base`, or keeps its default.
+
+    `base = "other.toml"`, at the top, names a file whose tables this one adds to, key by key; seen from this file's folder.
 
     Raises:
-        ConfigError: the file is missing, not TOML, or holds an unknown name or a value of the wrong type.
+        ConfigError: the file or its base is missing, not TOML, or holds an unknown name or a value of the wrong type.
     """
+    return from_tables(_read_tables(path, ()), str(path))
+
+
+def _read_tables(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The tables of the file at `path`, on top of its base's. `above`: the files whose base it is."""
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}. Name a TOML file; examples/ has some.") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}.") from error
-    return from_tables(tables, str(path))
+    base = tables.pop("base", None)
+    if base is None:
+        return tables
+    if not isinstance(base, str):
+        raise ConfigError(f'{path}: base is {base!r}; it must be the name of a TOML file, e.g. base = "other.toml".')
+    files, below = (*above, path.resolve()), path.parent / base
+    if below.resolve() in files:
+        raise ConfigError(f"{path}: base is {base!r}, which has this file for its own base. Take one of the two out.")
+    merged = _read_tables(below, files)
+    from_tables(merged, str(below))  # its faults are told under its own name
+    for name, table in tables.items():
+        known = merged.get(name)
+        merged[name] = {**known, **table} if isinstance(known, dict) and isinstance(table, dict) else table
+    return merged
 
 
 def to_toml(config: Config) -> str:

@@ -55,6 +55,34 @@ def test_an_int_in_toml_is_taken_for_a_float(toml):
     assert config.train.lr == 1.0 and isinstance(config.train.lr, float)
 
 
+def test_a_file_adds_to_its_base_key_by_key(tmp_path):
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases" / "paper.toml").write_text("[train]\nlr = 1e-4\nseed = 3\n[server]\ntp-size = 2\n")
+    (tmp_path / "bases" / "node.toml").write_text('base = "paper.toml"\n[train]\nseed = 4\n[task]\ntask = "sft"\n')
+    path = tmp_path / "run.toml"
+    path.write_text('base = "bases/node.toml"\n[train]\ntrain_iters = 9\n[server]\npage-size = 1\n')
+    config = load_config([str(path), "--seed", "5"])
+    assert (config.train.lr, config.train.seed, config.train.train_iters, config.task.task) == (1e-4, 5, 9, "sft")
+    assert config.server == {"tp-size": 2, "page-size": 1}
+    assert "base" not in to_toml(config)
+
+
+def test_faults_of_a_base_are_told_under_its_name(toml, tmp_path):
+    (tmp_path / "below.toml").write_text("[train]\nleaning_rate = 1e-4\n")
+    with pytest.raises(ConfigError, match=r"below\.toml.*leaning_rate"):
+        load_config([toml('base = "below.toml"')])
+    with pytest.raises(ConfigError, match=r"nowhere\.toml cannot be read"):
+        load_config([toml('base = "nowhere.toml"')])
+
+
+def test_a_file_cannot_be_its_own_base(toml, tmp_path):
+    (tmp_path / "below.toml").write_text('base = "run.toml"')
+    with pytest.raises(ConfigError, match=r"below\.toml: base is 'run\.toml', which has this file"):
+        load_config([toml('base = "below.toml"')])
+    with pytest.raises(ConfigError, match="base is 3; it must be the name of a TOML file"):
+        load_config([toml("base = 3")])
+
+
 def test_pass_through_tables_come_from_file_and_flags(toml):
     path = toml('[transformer]\nnum_layers = 2\nmoe_token_dispatcher_type = "alltoall"\n')
     config = load_config(

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from example_runs import RANKS
 
 from megatron_pz.config.load import read_config
 from megatron_pz.config.rules import NOT_NEGATIVE, POSITIVE, validate
@@ -34,7 +35,7 @@ def test_the_defaults_with_a_model_and_a_corpus_are_valid():
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.name)
 def test_every_example_is_valid(path):
-    validate(read_config(path), world_size=1)
+    validate(read_config(path), world_size=RANKS.get(path.stem, 1))
 
 
 @pytest.mark.parametrize(
