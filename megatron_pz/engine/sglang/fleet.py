@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import random
 import secrets
 import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +29,7 @@ from megatron_pz.errors import EngineError
 
 KEY_FILE = "server.key"
 PORT_ATTEMPTS = 3
+QUIET_PORTS = range(20000, 32000)  # Linux gives 32768 to 60999 to connections
 
 Progress = Callable[[float, str], None]
 """Told the seconds waited and what is waited for."""
@@ -216,10 +219,17 @@ class AttachedFleet:
 
 
 def free_port(host: str) -> int:
-    """A port of `host` on which nobody listens now. Another program may take it before it is used."""
-    with socket.socket() as listener:
-        listener.bind((host, 0))
-        return int(listener.getsockname()[1])
+    """A port of `host` that nobody uses now. Another program may take it before it is used.
+
+    Of those below the range from which the system gives ports to connections, which come and go by the hundred; of any
+    where these are not to be had.
+    """
+    candidates = random.Random().sample(QUIET_PORTS, 20)
+    for port in (*candidates, 0):
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind((host, port))
+            return int(listener.getsockname()[1])
+    raise EngineError(f"A server cannot listen on {host}: none of its ports can be had. Choose another --server-host.")
 
 
 def refuse_taken(host: str, port: int) -> None:
