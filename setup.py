@@ -13,6 +13,7 @@ BASE = [
     "megatron-core>=0.16.1,<0.20",
     "torch>=2.9,<3",
     "numpy>=1.26",
+    "packaging>=23",
     # megatron-core does not ask for psutil, yet saving a distributed checkpoint without it hangs for ever.
     "psutil>=5.9",
     "transformers>=5.19,<6",
