@@ -153,13 +153,14 @@ class MicroBatch:
     """Packed sequences, what one forward sees. T packed tokens, S sequences.
 
     Position t of `labels`, `loss_weights`, `advantages`, `rollout_log_probs`, `is_generator` speaks of the token that
-    follows t **in the same sequence** (the token predicted at t); at the last position of a sequence they are 0.
+    follows t **in the same sequence** (the token predicted at t); at the last position of a sequence, and in the padding that
+    a sequence may end in, they are 0.
     Weights are scaled over the whole step so that they add up to `UpdatePlan.num_tokens` (see there).
     """
 
     token_ids: np.ndarray  # int64 [T]
     position_ids: np.ndarray  # int64 [T], restarting at 0 in each sequence
-    cu_seqlens: np.ndarray  # int32 [S + 1], cumulative lengths, first 0, last T
+    cu_seqlens: np.ndarray  # int32 [S + 1], cumulative lengths, padding included, first 0, last T
     labels: np.ndarray  # int64 [T]
     loss_weights: np.ndarray  # float32 [T], 0 = not trained
     advantages: np.ndarray  # float32 [T]

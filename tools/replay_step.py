@@ -31,6 +31,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -44,7 +45,7 @@ from megatron_pz.errors import LayoutError, MegatronPZError, NumericsError
 from megatron_pz.platform.select import select_platform
 from megatron_pz.report.jsonl import to_line
 from megatron_pz.train.dump import Dump, Weights, read_dump
-from megatron_pz.train.forward import DeviceBatch, run_schedule
+from megatron_pz.train.forward import DeviceBatch, run_schedule, whole_rows
 from megatron_pz.train.model import build_model
 from megatron_pz.train.parallel import init_parallel, shutdown
 from megatron_pz.train.replay import train_on_saved
@@ -154,8 +155,8 @@ def _blamed(trainer: Trainer, dump: Dump, tokenizer: Tokenizer | None) -> list[s
     lines: list[str] = []
     mine = dump.plan.micro_batches[trainer.parallel.dp_rank]
 
-    def losses(batch: DeviceBatch, output: Tensor) -> tuple[Tensor, Tensor, list[float]]:
-        each = [_token_loss(trainer, batch, output, at) for at in range(output.shape[1])]
+    def losses(batch: DeviceBatch, output: Tensor) -> tuple[Tensor, Tensor, np.ndarray]:
+        each = np.array([_token_loss(trainer, batch, output, at) for at in range(output.shape[1])], np.float64)
         return output.sum(), (batch.weights > 0).sum().int(), each
 
     with torch.no_grad():
@@ -169,8 +170,9 @@ def _blamed(trainer: Trainer, dump: Dump, tokenizer: Tokenizer | None) -> list[s
             ref_log_probs=dump.ref_log_probs,
             forward_only=True,
         )
-    for number, (batch, each) in enumerate(zip(mine, collected, strict=False)):  # none but on the last stage
-        broken = list(_broken_sequences(batch, torch.tensor(each, dtype=torch.float64)))
+    rows = whole_rows(collected, mine)
+    for number, (batch, each) in enumerate(zip(mine, rows, strict=False)):  # none but on the last stage
+        broken = list(_broken_sequences(batch, torch.from_numpy(each)))
         if broken:
             total, trained = sum(each), int((batch.loss_weights > 0).sum())
             lines.append(

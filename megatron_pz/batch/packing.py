@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_pz.batch.context import row_multiple, sequence_multiple
 from megatron_pz.types import MicroBatch, Role, Sample
 
 PADDING = -1
@@ -40,23 +41,40 @@ def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return bins
 
 
+def padded_length(length: int, context_size: int) -> int:
+    """Tokens that a sequence takes in a row.
+
+    >>> [padded_length(5, 1), padded_length(5, 2), padded_length(8, 2)]
+    [5, 8, 8]
+    """
+    multiple = sequence_multiple(context_size)
+    return -(-length // multiple) * multiple
+
+
 def micro_batch(
-    samples: Sequence[Sample], weights: Sequence[np.ndarray], indices: Sequence[int], *, align: int = 1
+    samples: Sequence[Sample],
+    weights: Sequence[np.ndarray],
+    indices: Sequence[int],
+    *,
+    align: int = 1,
+    context_size: int = 1,
 ) -> MicroBatch:
-    """The samples `indices` packed in that order, then padding up to a multiple of `align` tokens.
+    """The samples `indices` packed in that order, then padding up to what the layout divides.
 
     What a sample says of its token t + 1 stands at position t, where that token is predicted. Without indices it is
-    `align` tokens of padding, for a rank that has nothing to compute where others have.
+    padding only, for a rank that has nothing to compute where others have.
 
     Args:
         samples: of the step.
         weights: for each sample, its tokens' scaled loss weights, float64.
         indices: of the samples that are packed.
-        align: divisor of T; the tensor-parallel size under sequence parallelism.
+        align: divisor of each context-parallel rank's tokens; the tensor-parallel size under sequence parallelism.
+        context_size: context-parallel ranks; with several, each sequence ends in padding that makes it divisible.
     """
     chosen = [samples[index] for index in indices]
-    lengths = [len(sample.token_ids) for sample in chosen]
-    padding = -sum(lengths) % align if chosen else align
+    lengths = [padded_length(len(sample.token_ids), context_size) for sample in chosen]
+    multiple = row_multiple(context_size, align)
+    padding = -sum(lengths) % multiple if chosen else multiple
     if padding:
         lengths.append(padding)
     total = sum(lengths)

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_pz.batch.packing import micro_batch, pack
+from megatron_pz.batch.packing import micro_batch, pack, padded_length
 from megatron_pz.types import Sample, UpdatePlan
 
 
@@ -26,6 +26,8 @@ def plan_update(
     dp_size: int = 1,
     loss_aggregation: Literal["token_mean", "sequence_mean"] = "token_mean",
     align: int = 1,
+    context_size: int = 1,
+    count_multiple: int = 1,
 ) -> UpdatePlan:
     """Micro-batches of one update.
 
@@ -36,21 +38,24 @@ def plan_update(
         loss_aggregation: `token_mean`: the mean of all trained tokens' losses, each with its own weight;
             `sequence_mean`: the mean over sequences of the mean over their trained tokens, each sequence with the mean
             of its tokens' weights.
-        align: every micro-batch's tokens are a multiple of this.
+        align: every rank's tokens of a micro-batch are a multiple of this.
+        context_size: context-parallel ranks, which share each micro-batch.
+        count_multiple: the number of micro-batches is a multiple of this, as interleaved pipeline stages need it.
     """
     if not samples:
         return UpdatePlan(((),) * dp_size, 0, 0)
     weights, num_tokens = scaled_weights(samples, loss_aggregation)
-    lengths = [len(sample.token_ids) for sample in samples]
+    lengths = [padded_length(len(sample.token_ids), context_size) for sample in samples]
     bins_of = []
     for hand in deal_evenly(lengths, dp_size):
         packed = pack([lengths[index] for index in hand], max_tokens)
         bins_of.append([[hand[place] for place in places] for places in packed])
-    num_micro_batches = max(len(bins) for bins in bins_of)
+    most = max(len(bins) for bins in bins_of)
+    num_micro_batches = -(-most // count_multiple) * count_multiple
     return UpdatePlan(
         micro_batches=tuple(
             tuple(
-                micro_batch(samples, weights, indices, align=align)
+                micro_batch(samples, weights, indices, align=align, context_size=context_size)
                 for indices in _spread(bins, num_micro_batches, lengths)
             )
             for bins in bins_of

@@ -22,6 +22,7 @@ POSITIVE = {
     "parallel": [
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
         "expert_model_parallel_size",
         "context_parallel_size",
     ],
@@ -101,11 +102,13 @@ def sequence_parallel_has_tensor_parallel(config: Config, world_size: int) -> It
         )
 
 
-def context_parallel_is_one(config: Config, world_size: int) -> Iterator[str]:
-    if config.parallel.context_parallel_size > 1:
+def interleaved_stages_have_a_pipeline(config: Config, world_size: int) -> Iterator[str]:
+    sizes = config.parallel
+    if sizes.virtual_pipeline_model_parallel_size > 1 and sizes.pipeline_model_parallel_size == 1:
         yield (
-            f"parallel.context_parallel_size is {config.parallel.context_parallel_size}; it must be 1: attention over "
-            "packed sequences does not split a sequence over ranks in this version. Use tensor or sequence parallelism."
+            f"parallel.virtual_pipeline_model_parallel_size is {sizes.virtual_pipeline_model_parallel_size} while "
+            "parallel.pipeline_model_parallel_size is 1; it cuts pipeline stages into pieces, so it needs 2 or more of them. "
+            "Leave it out, or set --pipeline-model-parallel-size."
         )
 
 
@@ -289,7 +292,11 @@ def one_place_a_setting(config: Config, world_size: int) -> Iterator[str]:
                 yield f"{table}.{name} is set twice over: it has its own place, {home}.{name}. Set it there (--{name})."
 
 
-LAYOUT_RULES: tuple[Rule, ...] = (world_is_divided, sequence_parallel_has_tensor_parallel, context_parallel_is_one)
+LAYOUT_RULES: tuple[Rule, ...] = (
+    world_is_divided,
+    sequence_parallel_has_tensor_parallel,
+    interleaved_stages_have_a_pipeline,
+)
 
 RULES: tuple[Rule, ...] = (
     numbers_are_finite,

@@ -33,12 +33,14 @@ class ParallelConfig:
     """Ranks that share each weight matrix."""
     pipeline_model_parallel_size: int = 1
     """Ranks that share the layers."""
+    virtual_pipeline_model_parallel_size: int = 1
+    """Pieces of each pipeline rank's layers, run in turns (interleaved 1F1B); 1: the rank's layers lie in one piece."""
     expert_model_parallel_size: int = 1
     """Ranks that share the experts of a MoE layer."""
     expert_tensor_parallel_size: int = 0
     """Tensor-parallel size inside an expert; 0: 1 where experts are shared out over ranks, else as the dense layers'."""
     context_parallel_size: int = 1
-    """Ranks that share a sequence."""
+    """Ranks that share each sequence."""
     sequence_parallel: bool = False
     """Shard norms and dropout along the sequence between tensor-parallel ranks."""
     use_distributed_optimizer: bool = True

@@ -30,12 +30,19 @@ def expert_tensor_size(parallel: ParallelConfig) -> int:
     return 1 if parallel.expert_model_parallel_size > 1 else parallel.tensor_model_parallel_size
 
 
+def virtual_size(parallel: ParallelConfig) -> int | None:
+    """Model chunks of a pipeline rank, as Megatron has it: None where there is one."""
+    size = parallel.virtual_pipeline_model_parallel_size
+    return size if size > 1 else None
+
+
 def layout_fields(parallel: ParallelConfig) -> dict[str, Any]:
     """`TransformerConfig` fields of the layout."""
     tensor = parallel.tensor_model_parallel_size
     return {
         "tensor_model_parallel_size": tensor,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": virtual_size(parallel),
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": expert_tensor_size(parallel),
         "context_parallel_size": parallel.context_parallel_size,
@@ -60,11 +67,12 @@ def check_layout(fields: dict[str, Any], parallel: ParallelConfig) -> None:
     for name in ("num_attention_heads", "ffn_hidden_size"):
         if fields[name] % tensor:
             faults.append(f"tensor_model_parallel_size is {tensor}; it must divide {name} = {fields[name]}")
-    if fields["num_layers"] % parallel.pipeline_model_parallel_size:
-        faults.append(
-            f"pipeline_model_parallel_size is {parallel.pipeline_model_parallel_size}; "
-            f"it must divide num_layers = {fields['num_layers']}"
-        )
+    pipeline, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    if fields["num_layers"] % (pipeline * chunks):
+        sizes = f"pipeline_model_parallel_size is {pipeline}"
+        if chunks > 1:
+            sizes = f"pipeline x virtual_pipeline_model_parallel_size is {pipeline} x {chunks} = {pipeline * chunks}"
+        faults.append(f"{sizes}; it must divide num_layers = {fields['num_layers']}")
     if parallel.expert_model_parallel_size > 1 and (not experts or experts % parallel.expert_model_parallel_size):
         faults.append(
             f"expert_model_parallel_size is {parallel.expert_model_parallel_size}; it must divide the model's "
@@ -140,11 +148,14 @@ def transformer_config(family: Family, hf: HfConfig, config: Config, platform: P
 
 
 def _correct_aux_loss(fields: dict[str, Any]) -> None:
-    """Undo a fault of megatron-core below 0.19: under sequence parallelism with a per-token loss it scales the router's
-    auxiliary loss by the tokens of one sequence shard, which makes the gradient smaller by the tensor-parallel size."""
+    """Undo a fault of megatron-core below 0.19: under sequence or context parallelism with a per-token loss it scales the
+    router's auxiliary loss by the tokens of one rank, which makes the gradient smaller by the number of ranks that share them.
+    """
     coefficient = fields.get("moe_aux_loss_coeff")
-    if not coefficient or not fields["sequence_parallel"] or Version(version("megatron-core")) >= Version("0.19"):
+    size = fields["context_parallel_size"]
+    if fields["sequence_parallel"]:
+        size *= fields["tensor_model_parallel_size"]
+    if not coefficient or size == 1 or Version(version("megatron-core")) >= Version("0.19"):
         return
-    size = fields["tensor_model_parallel_size"]
     is_list = isinstance(coefficient, list)
     fields["moe_aux_loss_coeff"] = [size * value for value in coefficient] if is_list else size * coefficient

@@ -72,21 +72,37 @@ class Platform(ABC):
             ConfigError: the layers asked for (`config.transformer_impl`) cannot be had on this machine.
         """
 
-    def packed_seq_params(self, cu_seqlens: np.ndarray | torch.Tensor) -> PackedSeqParams:
+    def packed_seq_params(
+        self,
+        cu_seqlens: np.ndarray | torch.Tensor,
+        positions: np.ndarray | None = None,
+        gathered_places: np.ndarray | None = None,
+    ) -> PackedSeqParams:
         """Megatron's description of S sequences that lie end to end.
 
         Args:
-            cu_seqlens: int32 [S + 1], cumulative lengths, first 0, last T.
+            cu_seqlens: int32 [S + 1], cumulative lengths, first 0, last T, of whole sequences.
+            positions: int64, where in its sequence each token of this rank stands, where context-parallel ranks share
+                them; with `gathered_places` of `batch.context`.
         """
         from megatron.core.packed_seq_params import PackedSeqParams
+
+        from megatron_pz.platform.context_attention import SharedSequences
 
         cumulative = torch.as_tensor(cu_seqlens, dtype=torch.int32)
         longest = int((cumulative[1:] - cumulative[:-1]).max())
         cumulative = cumulative.to(self.device)
-        return PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cumulative,
-            cu_seqlens_kv=cumulative,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
+        fields: dict[str, Any] = {
+            "qkv_format": "thd",
+            "cu_seqlens_q": cumulative,
+            "cu_seqlens_kv": cumulative,
+            "max_seqlen_q": longest,
+            "max_seqlen_kv": longest,
+        }
+        if positions is None or gathered_places is None:
+            return PackedSeqParams(**fields)
+        return SharedSequences(
+            **fields,
+            positions=torch.as_tensor(positions).to(self.device),
+            gathered_places=torch.as_tensor(gathered_places).to(self.device),
         )

@@ -14,8 +14,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_pz.errors import LayoutError
 from megatron_pz.platform import local_math
+from megatron_pz.platform.context_attention import attend_shared
 
 
 class KeyValueCache(Protocol):
@@ -61,14 +61,16 @@ class PackedAttention(torch.nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, *args: Any, softmax_scale: float | None = None, **kw: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *args: Any,
+        softmax_scale: float | None = None,
+        pg_collection: Any = None,
+        **kw: Any,
     ) -> None:
         super().__init__()
-        if config.context_parallel_size > 1:
-            raise LayoutError(
-                f"parallel.context_parallel_size is {config.context_parallel_size}; the local layers do not split "
-                "sequences, so it must be 1 here."
-            )
+        self._context_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.layer_index = layer_number - 1
         self.softmax_scale = softmax_scale
         self.cache: KeyValueCache | None = None
@@ -86,7 +88,8 @@ class PackedAttention(torch.nn.Module):
         """Attention output of this rank's heads.
 
         Args:
-            query: packed [T, heads, dim], else [s, b, heads, dim]; key and value likewise with their own heads.
+            query: packed [T, heads, dim], T tokens of this rank, else [s, b, heads, dim]; key and value likewise with
+                their own heads.
             attention_mask: unused, attention is causal inside each sequence.
             packed_seq_params: cumulative lengths of the sequences, or None for one sequence a row.
 
@@ -96,11 +99,14 @@ class PackedAttention(torch.nn.Module):
         if self.cache is not None:
             return self.cache.attend(self.layer_index, query, key, value)
         if packed_seq_params is None:
+            assert self._context_group is None, "under context parallelism rows are packed"
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
             return self._sdpa(q, k, v).permute(2, 0, 1, 3).flatten(2)
         bounds = packed_seq_params.cu_seqlens_q.tolist()
         # Neighbours of one length are a batch; packing puts them side by side.
         runs = [(len(list(run)), length) for length, run in groupby(b - a for a, b in pairwise(bounds))]
+        if self._context_group is not None:
+            return attend_shared(query, key, value, packed_seq_params, runs, self._sdpa, self._context_group)
         sizes = [count * length for count, length in runs]
         outputs = []
         for run, *piece in zip(runs, query.split(sizes), key.split(sizes), value.split(sizes), strict=True):
@@ -108,6 +114,8 @@ class PackedAttention(torch.nn.Module):
             outputs.append(self._sdpa(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
-    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[b, heads, s, dim] of each."""
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=True)
+    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[b, heads, s, dim] of each; without a mask causal."""
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True
+        )

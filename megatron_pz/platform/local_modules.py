@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_pz.platform import local_math
+from megatron_pz.platform.context_attention import SharedSequences
 from megatron_pz.platform.cpu_layers import RMSNorm
 
 
@@ -91,6 +92,9 @@ def _rotation(angles: Tensor, packed: PackedSeqParams | None, dtype: torch.dtype
     tables = angles.cos().to(dtype), angles.sin().to(dtype)
     if packed is None:
         return tables
+    if isinstance(packed, SharedSequences):
+        cos, sin = (table.index_select(0, packed.positions) for table in tables)
+        return cos, sin
     starts = packed.cu_seqlens_q.long()
     lengths = starts.diff()
     positions = torch.arange(int(starts[-1]), device=starts.device) - starts[:-1].repeat_interleave(lengths)

@@ -36,11 +36,22 @@ def deal(samples: Sequence[Sample] | None, config: Config, parallel: Parallel, s
             max_tokens=config.train.max_tokens_per_micro_batch,
             dp_size=parallel.dp_size,
             loss_aggregation=config.train.loss_aggregation,
-            align=config.parallel.tensor_model_parallel_size if config.parallel.sequence_parallel else 1,
+            **divisors(config),
         )
         for i in range(num_updates)
     ]
     return _scatter(plans, parallel)
+
+
+def divisors(config: Config) -> dict[str, int]:
+    """What the layout divides micro-batches and their number by: `align`, `context_size` and `count_multiple` of `plan_update`."""
+    sizes = config.parallel
+    group = config.transformer.get("microbatch_group_size_per_vp_stage", sizes.pipeline_model_parallel_size)
+    return {
+        "align": sizes.tensor_model_parallel_size if sizes.sequence_parallel else 1,
+        "context_size": sizes.context_parallel_size,
+        "count_multiple": group if sizes.virtual_pipeline_model_parallel_size > 1 else 1,
+    }
 
 
 def _scatter(plans: list[UpdatePlan] | None, parallel: Parallel) -> list[UpdatePlan]:

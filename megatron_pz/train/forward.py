@@ -1,6 +1,6 @@
 """Micro-batches through Megatron's pipeline schedule, forward alone or with the backward.
 
-T packed tokens of a micro-batch.
+T packed tokens of a micro-batch, of which each context-parallel rank has its share.
 """
 
 from __future__ import annotations
@@ -12,23 +12,27 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_pz.batch.context import gathered_places, places, share, whole
 from megatron_pz.models.routing_replay import UNKNOWN, RoutingReplay
 from megatron_pz.models.shards import unwrap
 from megatron_pz.platform.base import Platform
+from megatron_pz.train.interleaving import two_stages
 from megatron_pz.types import MicroBatch
 
 LogProbs = Sequence[np.ndarray]
-"""float32 [T] for each micro-batch of a rank; 0 where nothing is trained."""
+"""float32 [T] for each micro-batch of a rank, whole rows; 0 where nothing is trained."""
 
 
 @dataclass(frozen=True, eq=False)
 class DeviceBatch:
-    """A `MicroBatch` on the device, as the model and the objective take it."""
+    """A `MicroBatch` on the device, as the model and the objective take it; T tokens of this rank."""
 
     input_ids: Tensor  # int64 [1, T]
     position_ids: Tensor  # int64 [1, T]
@@ -54,12 +58,24 @@ def on_device(
     old: np.ndarray | None = None,
     ref: np.ndarray | None = None,
     replay: RoutingReplay | None = None,
+    context: tuple[int, int] = (1, 0),
 ) -> DeviceBatch:
-    """The micro-batch on the platform's device; its routed experts too, where there is a `replay`.
+    """This rank's share of the micro-batch on the platform's device; its routed experts too, where there is a `replay`.
+
+    Args:
+        old: float32 [T] of the whole row, as `ref`.
+        context: number of context-parallel ranks, and this one's place among them.
 
     Raises:
         EngineError: routed experts are not those of this model.
     """
+    size, _ = context
+    shared: dict[str, np.ndarray] = {}
+    if size > 1:
+        mine = places(batch.cu_seqlens, *context)
+        old, ref = (None if values is None else values[mine] for values in (old, ref))
+        batch = share(batch, *context)
+        shared = {"positions": batch.position_ids, "gathered_places": gathered_places(batch.cu_seqlens, size)}
     experts = None if replay is None else batch.routed_experts
     of_stage = None if replay is None or experts is None else replay.of_stage(experts)
 
@@ -69,7 +85,7 @@ def on_device(
     return DeviceBatch(
         input_ids=tensor(batch.token_ids)[None],
         position_ids=tensor(batch.position_ids)[None],
-        packed_seq_params=platform.packed_seq_params(batch.cu_seqlens),
+        packed_seq_params=platform.packed_seq_params(batch.cu_seqlens, **shared),
         labels=tensor(np.where(batch.loss_weights > 0, batch.labels, -1))[None],
         weights=tensor(batch.loss_weights),
         advantages=tensor(batch.advantages),
@@ -96,10 +112,11 @@ def run_schedule(
 ) -> list[Any]:
     """Send the micro-batches of this rank through its pipeline; gradients are finished when it returns.
 
-    Collective: every rank calls it with equally many micro-batches; ranks of one pipeline with the same ones.
+    Collective: every rank calls it with equally many micro-batches; ranks of one pipeline, and context-parallel ranks,
+    with the same ones, whole.
 
     Args:
-        chunks: of this rank, one.
+        chunks: of this rank; several are run in turns, and micro-batches are then a multiple of the pipeline's ranks.
         micro_batches: at least one.
         objective: called on the last stage, once a micro-batch.
         temperature: of the log-probs.
@@ -111,12 +128,12 @@ def run_schedule(
     Returns:
         What the objective gave to be collected, in the order of the micro-batches; on the last stage only.
     """
+    context = (parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank())
 
-    replay = unwrap(chunks[0]).routing_replay if replays_routing else None
-    if replay is not None:
-        replay.forget()
-
-    def batches() -> Iterator[DeviceBatch]:
+    def batches(chunk: torch.nn.Module) -> Iterator[DeviceBatch]:
+        replay = unwrap(chunk).routing_replay if replays_routing else None
+        if replay is not None:
+            replay.forget()
         for place, batch in enumerate(micro_batches):
             yield on_device(
                 batch,
@@ -124,6 +141,7 @@ def run_schedule(
                 None if old_log_probs is None else old_log_probs[place],
                 None if ref_log_probs is None else ref_log_probs[place],
                 replay,
+                context,
             )
 
     def forward_step(data: Iterator[DeviceBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
@@ -140,10 +158,24 @@ def run_schedule(
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=batches(),
+        data_iterator=[batches(chunk) for chunk in chunks] if len(chunks) > 1 else batches(chunks[0]),
         model=list(chunks),
         num_microbatches=len(micro_batches),
         seq_length=micro_batches[0].num_tokens,  # stages tell each other each micro-batch's own length
         micro_batch_size=1,
         forward_only=forward_only,
+        **(two_stages(chunks[0].config, platform.device) if len(chunks) > 1 else {}),
     )
+
+
+def whole_rows(shares: Sequence[np.ndarray], micro_batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+    """Values of every micro-batch's tokens, [T] each, from those that the objective gave of this rank's share of them.
+
+    Collective over context-parallel ranks; stages before the last, which have none, are given and get none.
+    """
+    size = parallel_state.get_context_parallel_world_size()
+    if size == 1 or not shares:
+        return list(shares)
+    everywhere: list[Any] = [None] * size
+    dist.all_gather_object(everywhere, list(shares), group=parallel_state.get_context_parallel_group())
+    return [whole(parts, batch.cu_seqlens) for *parts, batch in zip(*everywhere, micro_batches, strict=True)]

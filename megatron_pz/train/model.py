@@ -31,7 +31,7 @@ def ddp_config(config: Config) -> DistributedDataParallelConfig:
 def build_model(
     hf_config: HfConfig, config: Config, platform: Platform, parallel: Parallel
 ) -> list[DistributedDataParallel]:
-    """This rank's stage of the policy, as a list of one chunk, in training mode.
+    """This rank's chunks of the policy, in training mode: its pipeline stage, or with interleaving several pieces of it.
 
     With `init = "random"` the weights are ready; with "pretrained" they are to be loaded
     (`checkpoint.hf_import.load_hf_weights`) before the `Trainer` is made, which copies them into its optimizer.
@@ -40,14 +40,24 @@ def build_model(
         ModelError, ConfigError, LayoutError: as `models.policy.build_policy`; and ConfigError for `[ddp]`.
     """
     settings = ddp_config(config)
-    policy = build_policy(
-        hf_config, config, platform, pre_process=parallel.is_first_stage, post_process=parallel.is_last_stage
-    )
-    transformer = policy.config
-    stage: MegatronModule = Float16Module(transformer, policy) if transformer.bf16 else policy
-    chunk = DistributedDataParallel(transformer, settings, stage)
-    transformer.finalize_model_grads_func = finalize_model_grads
-    if settings.overlap_grad_reduce:
-        transformer.no_sync_func = chunk.no_sync  # else each micro-batch would start a reduction
-    chunk.train()
-    return [chunk]
+    chunks = []
+    for index in range(parallel.num_chunks):
+        policy = build_policy(
+            hf_config,
+            config,
+            platform,
+            pre_process=parallel.is_first_stage and index == 0,
+            post_process=parallel.is_last_stage and index == parallel.num_chunks - 1,
+            vp_stage=index if parallel.num_chunks > 1 else None,
+        )
+        transformer = policy.config
+        stage: MegatronModule = Float16Module(transformer, policy) if transformer.bf16 else policy
+        # Buckets are there to send the first gradients early; those of later chunks are done before the first chunk's.
+        chunk = DistributedDataParallel(transformer, settings, stage, disable_bucketing=index > 0)
+        chunk.train()
+        chunks.append(chunk)
+    leading = chunks[0].config
+    leading.finalize_model_grads_func = finalize_model_grads
+    if settings.overlap_grad_reduce:  # else each micro-batch would start a reduction
+        leading.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    return chunks

@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_pz.config.schema import ParallelConfig
 from megatron_pz.errors import LayoutError
-from megatron_pz.models.transformer import expert_tensor_size
+from megatron_pz.models.transformer import expert_tensor_size, virtual_size
 from megatron_pz.platform.base import Platform
 
 TIMEOUT = timedelta(hours=1)
@@ -38,6 +38,9 @@ class Parallel:
     pp_size: int
     ep_rank: int
     ep_size: int
+    cp_rank: int
+    cp_size: int
+    num_chunks: int  # model chunks of a pipeline rank
     device: torch.device
     dp_rank_of: tuple[int, ...]  # of every rank of the world
     control_group: dist.ProcessGroup  # all ranks; carries Python objects through CPU memory
@@ -77,6 +80,7 @@ def init_parallel(config: ParallelConfig, platform: Platform, seed: int) -> Para
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_size(config),
         context_parallel_size=config.context_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
         expert_tensor_parallel_size=expert_tensor_size(config),
@@ -100,6 +104,9 @@ def init_parallel(config: ParallelConfig, platform: Platform, seed: int) -> Para
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         ep_size=parallel_state.get_expert_model_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        num_chunks=config.virtual_pipeline_model_parallel_size,
         device=platform.device,
         dp_rank_of=tuple(dp_rank_of),
         control_group=control_group,

@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_pz.config.schema import Config
 from megatron_pz.errors import NumericsError
 from megatron_pz.platform.base import Platform
-from megatron_pz.train.forward import DeviceBatch, LogProbs, run_schedule
+from megatron_pz.train.forward import DeviceBatch, LogProbs, run_schedule, whole_rows
 from megatron_pz.train.loss import importance_weights, policy_loss, supervised_loss, token_sums
 from megatron_pz.train.optimizer import LrSchedule, build_optimizer, set_learning_rate
 from megatron_pz.train.parallel import Parallel
@@ -155,6 +155,7 @@ class Trainer:
         finally:
             for chunk in self.chunks:
                 chunk.train()
+        scored = whole_rows(scored, micro_batches)
         if self.parallel.pp_size > 1:
             box = [scored]
             last = parallel_state.get_pipeline_model_parallel_last_rank()
@@ -163,7 +164,7 @@ class Trainer:
         return scored
 
     def objective(self, batch: DeviceBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(summed loss, trained tokens, statistics) of a micro-batch; `output` is [2, T]."""
+        """(summed loss, trained tokens, statistics) of this rank's tokens of a micro-batch; `output` is [2, T]."""
         log_probs, entropy = output
         before = log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs
         if self.is_supervised:

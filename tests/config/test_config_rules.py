@@ -50,7 +50,9 @@ def test_every_example_is_valid(path):
         ({"expert_model_parallel_size": 4}, 2, r"over the experts.*1 x 4 x 1 = 4"),
         ({"sequence_parallel": True}, 2, r"sequence_parallel is true while.*is 1"),
         ({"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2}, 2, r"Set it to true"),
-        ({"context_parallel_size": 2}, 2, r"context_parallel_size is 2; it must be 1"),
+        ({"context_parallel_size": 2}, 3, r"3 ranks.*1 x 1 x 2 = 2"),
+        ({"virtual_pipeline_model_parallel_size": 2}, 2, r"virtual_pipeline_model_parallel_size is 2 while.*is 1"),
+        ({"virtual_pipeline_model_parallel_size": 0}, 1, r"virtual_pipeline_model_parallel_size is 0; it must be 1"),
     ],
 )
 def test_a_layout_that_does_not_fit_is_a_layout_error(fields, world_size, message):
@@ -64,6 +66,8 @@ def test_a_layout_that_does_not_fit_is_a_layout_error(fields, world_size, messag
         ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, 2),
         ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "engine": "sglang"}, 8),
         ({"expert_model_parallel_size": 2}, 4),
+        ({"context_parallel_size": 2, "tensor_model_parallel_size": 2}, 8),
+        ({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2, "engine": "sglang"}, 2),
         ({"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True}, 2),
     ],
 )

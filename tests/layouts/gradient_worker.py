@@ -13,75 +13,25 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
+from gradients import PLATFORM, Case, alone, build, compare, outcome, reference_of, whole
+from megatron.core import parallel_state
 
-from megatron_pz.platform.select import select_platform
+from megatron_pz.config.schema import ParallelConfig
+from megatron_pz.errors import NumericsError
+from megatron_pz.models.logprobs import token_log_probs
+from megatron_pz.train.parallel import init_parallel, shutdown
 
-PLATFORM = select_platform("cpu")
-
-from megatron.core import parallel_state  # noqa: E402  (the platform comes first)
-
-from megatron_pz.batch.schedule import plan_update  # noqa: E402
-from megatron_pz.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig  # noqa: E402
-from megatron_pz.errors import NumericsError  # noqa: E402
-from megatron_pz.models.logprobs import token_log_probs  # noqa: E402
-from megatron_pz.models.shards import shards_of  # noqa: E402
-from megatron_pz.train.model import build_model  # noqa: E402
-from megatron_pz.train.parallel import Parallel, init_parallel, shutdown  # noqa: E402
-from megatron_pz.train.step import Trainer  # noqa: E402
-from megatron_pz.types import Role, Sample, UpdatePlan  # noqa: E402
-
-DENSE = {
-    "model_type": "qwen3",
-    "vocab_size": 250,  # padded to 256
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.1,
-}
-UNTIED = DENSE | {"tie_word_embeddings": False}
-MOE = UNTIED | {
-    "model_type": "qwen3_moe",
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "norm_topk_prob": True,
-}
-MODELS = {"dense": DENSE, "untied": UNTIED, "moe": MOE}
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 AUX = {"moe_aux_loss_coeff": 0.01}
 RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 EP2, SP = {"expert_model_parallel_size": 2}, {"sequence_parallel": True}
-
-
-@dataclass(frozen=True)
-class Case:
-    model: str = "dense"
-    layout: dict[str, Any] = field(default_factory=dict)
-    max_tokens: int = 48
-    mean: str = "token_mean"
-    ddp: dict[str, Any] = field(default_factory=dict)
-    rescored: bool = False  # old log-probs and a reference from `score`
-    importance: str = "off"
-    replayed: bool = False  # every sample but one names its tokens' experts
-    align: int = 1
-    transformer: dict[str, Any] = field(default_factory=dict)
-    updated: bool = False  # compare what one step of the distributed optimizer changes, instead of gradients
-    poisoned: bool = False  # one sample has a NaN
-
+CP2, VPP2 = {"context_parallel_size": 2}, PP2 | {"virtual_pipeline_model_parallel_size": 2}
+ETP2, OF_PAIRS = {"expert_tensor_parallel_size": 2}, {"align": 2}
 
 ONE = {
     "one bin each": Case(max_tokens=1),
@@ -107,11 +57,18 @@ TWO = {
     "moe ep2, one bin each": Case("moe", EP2, max_tokens=1),
     "moe tp2 sp ep2": Case("moe", TP2 | SP | EP2),
     # The auxiliary loss is a function of each micro-batch: the reference must have the same ones, padding included.
-    "moe tp2 sp, auxiliary loss": Case("moe", TP2 | SP, align=2, transformer=AUX),
-    "moe tp2 sp ep2, auxiliary loss": Case("moe", TP2 | SP | EP2, align=2, transformer=AUX),
+    "moe tp2 sp, auxiliary loss": Case("moe", TP2 | SP, packed_for=OF_PAIRS, transformer=AUX),
+    "moe tp2 sp ep2, auxiliary loss": Case("moe", TP2 | SP | EP2, packed_for=OF_PAIRS, transformer=AUX),
     "moe dp2, replayed": Case("moe", replayed=True),
     "moe tp2 sp ep2, replayed": Case("moe", TP2 | SP | EP2, replayed=True),
     "moe pp2, replayed and recomputed": Case("moe", PP2, replayed=True, transformer=RECOMPUTED),
+    "cp2": Case(layout=CP2),
+    "cp2, one bin each, old and reference scored": Case(layout=CP2, max_tokens=1, rescored=True),
+    "nope cp2": Case("nope", CP2),
+    "moe cp2 ep2, replayed": Case("moe", CP2 | EP2, replayed=True),
+    "moe cp2, auxiliary loss": Case("moe", CP2, packed_for={"context_size": 2}, transformer=AUX),
+    "vpp2": Case(layout=VPP2, layers=4),
+    "moe vpp2, replayed and recomputed": Case("moe", VPP2, layers=4, replayed=True, transformer=RECOMPUTED),
     "dp2, updated": Case(updated=True),
     "dp2, updated, overlapped": Case(updated=True, ddp={"overlap_grad_reduce": True, "overlap_param_gather": True}),
     "moe ep2, updated": Case("moe", EP2, updated=True),
@@ -121,161 +78,15 @@ FOUR = {
     "tp2 sp pp2": Case(layout=TP2 | SP | PP2),
     "tp2 dp2": Case(layout=TP2),
     "moe tp2 sp pp2 ep2": Case("moe", TP2 | SP | PP2 | EP2),
+    "tp2 sp cp2": Case(layout=TP2 | SP | CP2),
+    "cp2 vpp2, old and reference scored": Case(layout=CP2 | VPP2, layers=4, rescored=True),
+    "moe tp2 sp etp2 ep2": Case("moe", TP2 | SP | ETP2 | EP2),
+    "cp2 dp2, updated": Case(layout=CP2, updated=True),
+    "vpp2 dp2, updated, overlapped": Case(
+        layout=VPP2, layers=4, updated=True, ddp={"overlap_grad_reduce": True, "overlap_param_gather": True}
+    ),
     "moe dp4 ep2, updated": Case("moe", EP2, updated=True),
 }
-
-
-def routing(num_tokens: int, layers: int, experts: int, topk: int, seed: int) -> np.ndarray:
-    """Experts drawn by lot, int16 [num_tokens, layers, topk]."""
-    rng = np.random.default_rng(seed)
-    return rng.random((num_tokens, layers, experts)).argsort(-1)[..., :topk].astype(np.int16)
-
-
-def samples(poisoned: bool = False, replayed: bool = False) -> list[Sample]:
-    """Ragged sequences of both roles; engine log-probs are near a random policy's, so that some ratios are clipped."""
-    rng = np.random.default_rng(5)
-    made = []
-    for index in range(9):
-        prompt, response = rng.integers(2, 14), rng.integers(1, 11)
-        length = int(prompt + response)
-        role = Role.GENERATOR if index % 3 == 0 else Role.PREDICTOR
-        weight = 2.0 if role is Role.GENERATOR else 1.0
-        trained = np.arange(length) >= prompt
-        made.append(
-            Sample(
-                token_ids=tuple(int(token) for token in rng.integers(0, 250, length)),
-                loss_weights=tuple(float(w) for w in weight * trained),
-                rollout_log_probs=tuple(float(x) for x in rng.normal(-5.7, 0.8, length) * trained),
-                advantage=float("nan") if poisoned and index == 4 else float(rng.normal()),
-                role=role,
-                group_id=f"1.0.{index}",
-                routed_experts=routing(length - 1, 2, 4, 2, seed=index) if replayed and index != 3 else None,
-            )
-        )
-    return made
-
-
-def build(case: Case) -> tuple[Parallel, Trainer, UpdatePlan]:
-    config = Config(
-        model=ModelConfig(init="random"),
-        parallel=ParallelConfig(**case.layout, use_distributed_optimizer=case.updated),
-        # Clipping would scale the gradient buffers in place.
-        train=TrainConfig(
-            lr=1e-3,
-            lr_decay_style="constant",
-            kl_coef=0.1 * case.rescored,
-            clip_grad=float(case.updated),
-            importance_sampling=case.importance,
-            routing_replay=case.replayed,
-        ),
-        transformer=case.transformer,
-        ddp=case.ddp,
-    )
-    parallel = init_parallel(config.parallel, PLATFORM, seed=1)
-    trainer = Trainer(build_model(MODELS[case.model], config, PLATFORM, parallel), config, PLATFORM, parallel)
-    plan = plan_update(
-        samples(case.poisoned, case.replayed),
-        max_tokens=case.max_tokens,
-        dp_size=parallel.dp_size,
-        loss_aggregation=case.mean,
-        align=parallel.tp_size if config.parallel.sequence_parallel else case.align,
-    )
-    return parallel, trainer, plan
-
-
-def outcome(case: Case) -> dict[str, Any] | None:
-    """Whole gradients (or changes of the parameters), metrics and scores of a case; on rank 0, None elsewhere."""
-    parallel, trainer, plan = build(case)
-    mine = plan.micro_batches[parallel.dp_rank]
-    before = whole(trainer.chunks, "data")
-    scored = trainer.score(mine)
-    result = trainer.step(
-        plan,
-        lr_step=1,
-        old_log_probs=[0.97 * values for values in scored] if case.rescored else None,
-        ref_log_probs=[0.8 * values for values in scored] if case.rescored else None,
-    )
-    if case.ddp.get("overlap_param_gather"):
-        trainer.chunks[0].start_param_sync(force_sync=True)
-    if case.updated:
-        tensors = {name: after - before[name] for name, after in whole(trainer.chunks, "data").items()}
-    else:
-        tensors = whole(trainer.chunks, "main_grad")
-    scores = {}
-    for batch, values in zip(mine, scored, strict=True):
-        bounds = zip(batch.cu_seqlens, batch.cu_seqlens[1:], batch.sample_indices, strict=False)
-        scores |= {index: values[start:end] for start, end, index in bounds if index >= 0}
-    everywhere: list[Any] = [None] * parallel.world_size
-    dist.all_gather_object(everywhere, scores)
-    parallel_state.destroy_model_parallel()
-    if not parallel.is_rank0:
-        return None
-    gathered = {index: values for part in everywhere for index, values in part.items()}
-    return {"tensors": tensors, "metrics": dict(result.metrics), "scores": gathered}
-
-
-def whole(chunks: Any, attribute: str) -> dict[str, torch.Tensor]:
-    """An attribute of all parameters, by Hugging Face name; copies on several ranks must agree."""
-    mine = [
-        (shard.hf_names, shard.entry.mapping, shard.shape, shard.rank, getattr(shard.parameter, attribute).clone())
-        for shard in shards_of(chunks)
-    ]
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, mine)
-    pieces: dict[tuple[str, ...], dict[int, torch.Tensor]] = {}
-    found = {}
-    for names, mapping, shape, rank, tensor in (entry for part in everywhere for entry in part):
-        by_rank = pieces.setdefault(names, {})
-        torch.testing.assert_close(tensor, by_rank.setdefault(rank, tensor), rtol=1e-5, atol=1e-6)
-        found[names] = (mapping, shape)
-    return {
-        name: tensor
-        for names, (mapping, shape) in found.items()
-        for name, tensor in zip(
-            names, mapping.to_hf([pieces[names][rank] for rank in sorted(pieces[names])], shape), strict=True
-        )
-    }
-
-
-def compare(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """Errors of a case."""
-    tensors, reference = found["tensors"], wanted["tensors"]
-    assert tensors.keys() == reference.keys(), tensors.keys() ^ reference.keys()
-    assert all(value.abs().max() > 0 for value in reference.values()), "a parameter has no gradient"
-    errors = {name: (tensors[name] - value).norm().item() for name, value in reference.items()}
-    norms = {name: value.norm().item() for name, value in reference.items()}
-    relative = {name: errors[name] / norms[name] for name in errors}
-    worst = max(relative, key=relative.__getitem__)
-    packed = {"tokens/packed"}  # alignment adds padding
-    assert found["metrics"].keys() == wanted["metrics"].keys()
-    return {
-        "grad": float(np.linalg.norm(list(errors.values())) / np.linalg.norm(list(norms.values()))),
-        "worst": relative[worst],
-        "name": worst,
-        "largest": max((tensors[name] - value).abs().max().item() for name, value in reference.items()),
-        "metrics": max(
-            abs(found["metrics"][name] - value) / max(abs(value), 1e-3)
-            for name, value in wanted["metrics"].items()
-            if name not in packed
-        ),
-        "score": max(float(np.abs(found["scores"][i] - v).max()) for i, v in wanted["scores"].items()),
-    }
-
-
-def alone(cases: dict[str, Case]) -> dict[str, dict[str, Any]]:
-    """The cases in a world of one, whatever torchrun started."""
-    environment = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE")}
-    try:
-        results = {name: outcome(case) for name, case in cases.items()}
-    finally:
-        shutdown()
-        os.environ.update(environment)
-    return {name: result for name, result in results.items() if result is not None}
-
-
-def reference_of(case: Case) -> Case:
-    """What a case must agree with: one process, micro-batches of some sequences each, nothing overlapped."""
-    return replace(case, layout={}, max_tokens=48, ddp={})
 
 
 def vocabulary_parallel_error() -> dict[str, float]:
@@ -327,6 +138,8 @@ def main(which: str, out: Path) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     cases = TWO if which == "two" else FOUR
+    if only := os.environ.get("ONLY"):
+        cases = {name: case for name, case in cases.items() if name in only.split(";")}
     references: dict[Case, Any] = {}
     report: dict[str, Any] = {}
     if rank == 0:
