@@ -20,6 +20,9 @@ import numpy as np
 import torch
 import torch.utils._device
 
+from megatron_pz.platform import uneven
+from megatron_pz.platform.streams import Event, Stream
+
 CPU = torch.device("cpu")
 ALL = ">=0.16,<0.20"
 FACTORIES = tuple("zeros ones empty full tensor arange rand randn zeros_like ones_like empty_like".split())
@@ -45,44 +48,6 @@ class Patch:
         """Replace the target."""
         owner, name = self.owner()
         setattr(owner, name, self.replacement(getattr(owner, name, None)))
-
-
-class Stream:
-    """A stream that does nothing. A class, because annotations such as `torch.cuda.Stream | None` are evaluated."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        """Return: everything is done already."""
-
-    def wait_stream(self, stream: Any) -> None:
-        """Return: nothing runs beside this."""
-
-    def wait_event(self, event: Any) -> None:
-        """Return: the event is past."""
-
-    def record_event(self, event: Any = None) -> Event:
-        """An event that is past."""
-        return event or Event()
-
-    def query(self) -> bool:
-        """True: idle."""
-        return True
-
-
-class Event(Stream):
-    """An event that is always past."""
-
-    def record(self, stream: Any = None) -> None:
-        """Return: nothing to record."""
-
-    def wait(self, stream: Any = None) -> None:
-        """Return: the event is past."""
-
-    def elapsed_time(self, end: Any) -> float:
-        """0.0 milliseconds."""
-        return 0.0
 
 
 _STREAM: Any = Stream()
@@ -306,6 +271,12 @@ def _megatron_patches() -> Iterator[Patch]:
         _numpy_splits,
         "splits become numpy only if is_cuda; all_to_all_single refuses tensors",
         _probe_splits,
+    )
+    yield Patch(
+        "megatron.core.tensor_parallel.mappings:_gather_along_first_dim",
+        uneven.gather,
+        "token_dispatcher.py: tokens of expert-tensor-parallel ranks; gloo takes equal pieces only",
+        uneven.probe,
     )
     yield Patch(
         "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",

@@ -23,7 +23,7 @@ from megatron_pz.batch.context import gathered_places, places, share, whole
 from megatron_pz.models.routing_replay import UNKNOWN, RoutingReplay
 from megatron_pz.models.shards import unwrap
 from megatron_pz.platform.base import Platform
-from megatron_pz.train.interleaving import two_stages
+from megatron_pz.train.interleaving import interleaved
 from megatron_pz.types import MicroBatch
 
 LogProbs = Sequence[np.ndarray]
@@ -156,15 +156,16 @@ def run_schedule(
         )
         return output, partial(objective, batch)
 
+    lengths = [batch.num_tokens for batch in micro_batches]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[batches(chunk) for chunk in chunks] if len(chunks) > 1 else batches(chunks[0]),
         model=list(chunks),
         num_microbatches=len(micro_batches),
-        seq_length=micro_batches[0].num_tokens,  # stages tell each other each micro-batch's own length
+        seq_length=lengths[0],  # of no account: stages tell each other each micro-batch's own length
         micro_batch_size=1,
         forward_only=forward_only,
-        **(two_stages(chunks[0].config, platform.device) if len(chunks) > 1 else {}),
+        **(interleaved(chunks[0].config, lengths, platform.device) if len(chunks) > 1 else {}),
     )
 
 

@@ -68,6 +68,7 @@ TWO = {
     "moe cp2 ep2, replayed": Case("moe", CP2 | EP2, replayed=True),
     "moe cp2, auxiliary loss": Case("moe", CP2, packed_for={"context_size": 2}, transformer=AUX),
     "vpp2": Case(layout=VPP2, layers=4),
+    "vpp2, one bin": Case(layout=VPP2, layers=4, max_tokens=10**6),
     "moe vpp2, replayed and recomputed": Case("moe", VPP2, layers=4, replayed=True, transformer=RECOMPUTED),
     "dp2, updated": Case(updated=True),
     "dp2, updated, overlapped": Case(updated=True, ddp={"overlap_grad_reduce": True, "overlap_param_gather": True}),

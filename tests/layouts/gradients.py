@@ -148,9 +148,11 @@ def outcome(case: Case) -> dict[str, Any] | None:
         ref_log_probs=[0.8 * values for values in scored] if case.rescored else None,
     )
     if case.ddp.get("overlap_param_gather"):
-        trainer.chunks[0].start_param_sync(force_sync=True)
+        for chunk in trainer.chunks:
+            chunk.start_param_sync(force_sync=True)
+    after = whole(trainer.chunks, "data")
     if case.updated:
-        tensors = {name: after - before[name] for name, after in whole(trainer.chunks, "data").items()}
+        tensors = {name: after[name] - value for name, value in before.items()}
     else:
         tensors = whole(trainer.chunks, "main_grad")
     scores: dict[int, np.ndarray] = {}
@@ -164,7 +166,7 @@ def outcome(case: Case) -> dict[str, Any] | None:
     if not parallel.is_rank0:
         return None
     gathered = {index: values for part in everywhere for index, values in part.items()}
-    return {"tensors": tensors, "metrics": dict(result.metrics), "scores": gathered}
+    return {"tensors": tensors, "weights": after, "metrics": dict(result.metrics), "scores": gathered}
 
 
 def whole(chunks: Any, attribute: str) -> dict[str, torch.Tensor]:
@@ -206,6 +208,9 @@ def compare(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
         "worst": relative[worst],
         "name": worst,
         "largest": max((tensors[name] - value).abs().max().item() for name, value in reference.items()),
+        "weights": max(
+            ((found["weights"][name] - value).norm() / value.norm()).item() for name, value in wanted["weights"].items()
+        ),
         "metrics": max(
             abs(found["metrics"][name] - value) / max(abs(value), 1e-3)
             for name, value in wanted["metrics"].items()

@@ -11,7 +11,7 @@ from megatron_pz.platform.select import select_platform
 PLATFORM = select_platform("cpu")
 
 
-from megatron_pz.errors import ConfigError, LayoutError  # noqa: E402
+from megatron_pz.errors import ConfigError  # noqa: E402
 from megatron_pz.platform.base import torch_dtype  # noqa: E402
 from megatron_pz.platform.cpu_layers import PackedAttention, RMSNorm  # noqa: E402
 from megatron_pz.platform.cuda import CudaPlatform  # noqa: E402
@@ -112,8 +112,3 @@ def test_a_cache_answers_in_place_of_attention():
     attention.cache = Cache()
     assert attention(query, key, key).shape == (2, 1, 32)
     assert seen == [(2, (2, 1, 4, 8), (2, 1, 2, 8), (2, 1, 2, 8))]
-
-
-def test_split_sequences_are_refused_by_the_local_attention():
-    with pytest.raises(LayoutError, match="context_parallel_size is 2"):
-        PackedAttention(settings(context_parallel_size=2), layer_number=1)
