@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ def export_hf(
     fault: Exception | None = None
     try:
         if is_rank0:
-            _copy_settings(hf_dir, partial)
+            shutil.rmtree(partial, ignore_errors=True)
+            copy_settings(hf_dir, partial)
     except OSError as error:
         fault = error
     for name, tensor in iterate_hf_tensors(chunks, group):
@@ -66,7 +67,7 @@ def export_hf(
     try:
         if fault is None:
             files.finish()
-            _write_config(hf_dir, partial, files.dtype)
+            write_config(hf_dir, partial, files.dtype)
             _replace(partial, out_dir)
     except (OSError, SafetensorError) as error:
         fault = error
@@ -122,21 +123,23 @@ class _TensorFiles:
         return self.folder / f"part-{number}.safetensors"
 
 
-def _copy_settings(hf_dir: Path, partial: Path) -> None:
-    """A new `partial` with tokenizer, generation settings and licence text."""
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+def copy_settings(hf_dir: Path, partial: Path) -> None:
+    """Tokenizer, generation settings and licence text into `partial`."""
+    partial.mkdir(parents=True, exist_ok=True)
     for pattern in COPIED:
         for file in hf_dir.glob(pattern):
             if not file.name.endswith("safetensors.index.json"):
                 shutil.copyfile(file, partial / file.name)
 
 
-def _write_config(hf_dir: Path, partial: Path, dtype: torch.dtype | None) -> None:
-    """config.json with the dtype that was written."""
+def write_config(
+    hf_dir: Path, partial: Path, dtype: torch.dtype | None, extra: Mapping[str, Any] | None = None
+) -> None:
+    """config.json with the dtype that was written, and `extra`."""
     config = json.loads((hf_dir / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
+    config |= extra or {}
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -33,11 +33,7 @@ def load_hf_weights(chunks: Sequence[torch.nn.Module], folder: str | Path) -> No
     path = resolve_folder(folder)
     reader = TensorReader(path)
     policy = unwrap(chunks[0])
-    wanted = set(policy.family.hf_names(policy.hf_config))
-    missing, unknown = wanted - reader.names, {name for name in reader.names - wanted if not _is_spare(name, wanted)}
-    faults = [f"{kind} {_told(names)}" for kind, names in (("missing", missing), ("left over", unknown)) if names]
-    if faults:
-        raise ModelError(f"{path}: the weights do not fit config.json; {'; '.join(faults)}.")
+    reader.check_names(policy.family.hf_names(policy.hf_config))
     misshaped = []
     for shard in shards_of(chunks):
         try:
@@ -56,6 +52,7 @@ class TensorReader:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._open: dict[Path, Any] = {}
         self._file_of = self._files(folder)
 
@@ -63,6 +60,22 @@ class TensorReader:
     def names(self) -> set[str]:
         """Of every tensor."""
         return set(self._file_of)
+
+    def check_names(self, wanted: Sequence[str]) -> None:
+        """Pass if the tensors are those of `wanted`.
+
+        Raises:
+            ModelError: some are missing or left over; all are named.
+        """
+        known = set(wanted)
+        missing, unknown = known - self.names, {name for name in self.names - known if not _is_spare(name, known)}
+        faults = [f"{kind} {_told(names)}" for kind, names in (("missing", missing), ("left over", unknown)) if names]
+        if faults:
+            raise ModelError(f"{self.folder}: the weights do not fit config.json; {'; '.join(faults)}.")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one tensor; its numbers are not read."""
+        return tuple(self._handle(self._file_of[name]).get_slice(name).get_shape())
 
     def read(self, name: str) -> torch.Tensor:
         """One whole tensor, on the CPU, in the dtype of the file."""

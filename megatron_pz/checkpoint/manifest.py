@@ -27,12 +27,16 @@ def fingerprint(hf_config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """List every file under `folder` in its `manifest.json`, with `facts` about the run."""
+def write_manifest(folder: Path, facts: Mapping[str, Any], digests: Mapping[str, str] | None = None) -> None:
+    """List every file under `folder` in its `manifest.json`, with `facts` about the run.
+
+    Args:
+        digests: by relative name, of files whose SHA-256 is known already.
+    """
     files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        name: {"bytes": path.stat().st_size, "sha256": (digests or {}).get(name) or sha256(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and (name := str(path.relative_to(folder))) != MANIFEST
     }
     text = json.dumps({"format": FORMAT, **facts, "files": files}, indent=1)
     (folder / MANIFEST).write_text(text, encoding="utf-8")

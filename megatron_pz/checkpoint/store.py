@@ -199,6 +199,19 @@ class CheckpointStore:
             dist.barrier(group=self._group)
 
 
+def load_weights(chunks: Sequence[torch.nn.Module], folder: Path) -> None:
+    """Fill the chunks with the weights of a checkpoint, with or without an optimizer, saved under any layout. Collective.
+
+    Raises:
+        CheckpointError: it is damaged, or of another model.
+    """
+    check_manifest(folder, fingerprint(unwrap(chunks[0]).hf_config))
+    wanted = {f"model{index}": unwrap(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
+    loaded = dist_checkpointing.load(wanted, str(folder / SHARDS))
+    for index, chunk in enumerate(chunks):
+        unwrap(chunk).load_state_dict(loaded[f"model{index}"])
+
+
 def _sharded(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
     """Megatron's description of everything that is saved, as pieces of whole tensors."""
     model = {f"model{index}": unwrap(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}

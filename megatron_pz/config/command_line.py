@@ -57,7 +57,9 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             sections, unknown = _parse(config, own)
     except SystemExit as stop:
-        raise ConfigError(f"command line: {_plain(printed.getvalue()).rstrip('.')}; --help tells what each flag takes.") from stop
+        raise ConfigError(
+            f"command line: {_plain(printed.getvalue()).rstrip('.')}; --help tells what each flag takes."
+        ) from stop
     if unknown:
         raise ConfigError("\n".join(_unknown(argument, arguments) for argument in unknown[:1]))
     values = {name: getattr(sections, name) for name in SECTIONS}

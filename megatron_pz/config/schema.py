@@ -228,6 +228,9 @@ class EvaluateConfig:
 class CheckpointConfig:
     run_dir: str = "runs/run"
     """Where the run writes everything; a run found there is continued."""
+    load: str = ""
+    """Checkpoint whose weights the run begins with instead of those of `hf_model`: a `step_N` folder of any run and layout, or
+    a converted one. The optimizer begins anew. A run that has checkpoints of its own goes on from them."""
     save_interval: int = 100
     """Save every so many steps, and at the end; 0: only at the end."""
     keep: int = 2

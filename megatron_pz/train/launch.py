@@ -19,7 +19,7 @@ import torch
 
 from megatron_pz.checkpoint.hf_export import export_hf
 from megatron_pz.checkpoint.hf_import import load_hf_weights
-from megatron_pz.checkpoint.store import CheckpointStore
+from megatron_pz.checkpoint.store import CheckpointStore, load_weights
 from megatron_pz.config.load import load_config
 from megatron_pz.config.rules import validate
 from megatron_pz.config.schema import Config
@@ -111,7 +111,9 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
     sets = _fixed_sets(config, task, tokenizer, templates, paragraphs) if config.evaluate.eval_interval else []
 
     chunks = build_model(hf_config, config, platform, parallel)
-    if config.model.init == "pretrained":
+    if config.checkpoint.load:
+        load_weights(chunks, Path(config.checkpoint.load))
+    elif config.model.init == "pretrained":
         load_hf_weights(chunks, folder)
     trainer = Trainer(chunks, config, platform, parallel)
     timers = Timers()
@@ -151,6 +153,8 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
                 wandb_config=dataclasses.asdict(config),
             )
             console.message(f"{len(paragraphs)} paragraphs ({_told(counts)}); run directory {run_dir}")
+            if config.checkpoint.load and not state.step:
+                console.message(f"weights of {config.checkpoint.load}; the optimizer begins anew")
             if state.step:
                 console.message(f"continuing after step {state.step}")
         per_step = config.task.paragraphs_per_step

@@ -1,4 +1,8 @@
-"""Models of `transformers` in 13 layouts of two ranks: same logits and log-probs, and the same folder back."""
+"""Models of `transformers` in 13 layouts of two ranks: same logits and log-probs, and the same folder back.
+
+The folder comes back by the layout's own export, and from the checkpoint that the layout saves; the layout has the same
+parameters from the folder and from its conversion (checkpoint/convert.py).
+"""
 
 import json
 import os
@@ -9,6 +13,8 @@ from pathlib import Path
 import hf_models
 import pytest
 import torch
+
+from megatron_pz.platform.select import select_platform
 
 WORKER = Path(__file__).parents[1] / "layouts" / "parity_worker.py"
 TOLERANCE = 1e-4  # of logits with standard deviation 1.5; 6e-6 is seen
@@ -22,10 +28,14 @@ CASES = [
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parity")
+    select_platform("cpu")
+    from megatron_pz.checkpoint import convert
+
     expected = {}
     for name in hf_models.MODELS:
         hf_models.make(name, folder / name)
         expected[name] = hf_models.expected_logits(folder / name)
+        convert.to_megatron(folder / name, folder / f"{name}.megatron", max_file_bytes=100_000)
     torch.save(expected, folder / "logits.pt")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     paths = os.pathsep.join([str(WORKER.parents[2]), str(WORKER.parents[1])])
@@ -40,6 +50,14 @@ def report(tmp_path_factory):
     assert done.returncode == 0, done.stderr[-6000:]
     found = json.loads((folder / "report.json").read_text())
     assert sorted(found) == sorted(CASES)
+    for case in found:
+        name = max((name for name in hf_models.MODELS if case.startswith(name)), key=len)
+        again = folder / f"{case}.hf"
+        convert.to_hf(folder / f"{case}.saved", again, folder / name, max_file_bytes=100_000)
+        before, after = hf_models.tensors(folder / name), hf_models.tensors(again)
+        found[case]["from its checkpoint"] = [
+            name for name in before.keys() | after.keys() if not torch.equal(before[name], after[name])
+        ]
     return found
 
 
@@ -49,3 +67,5 @@ def test_a_layout_answers_as_transformers_and_exports_the_same_bits(report, case
     assert report[case]["logits"] < TOLERANCE
     assert report[case]["log_probs"] < TOLERANCE
     assert report[case]["bitwise"] == []
+    assert report[case]["loaded"] == []
+    assert report[case]["from its checkpoint"] == []

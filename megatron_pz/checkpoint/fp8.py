@@ -1,0 +1,49 @@
+"""Weights in FP8 by blocks of 128 x 128, as the Qwen3-FP8 folders have them and SGLang and `transformers` read them.
+
+A weight becomes float8_e4m3fn, and `NAME_scale_inv` holds for each block the float32 number that it is multiplied by.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
+SUFFIX = "_scale_inv"
+KEPT = ("embed_tokens", "lm_head", "norm", "mlp.gate.")
+"""In names of weights that stay as they are: embedding, head, norms, routers."""
+
+QUANTIZATION_CONFIG: dict[str, Any] = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [BLOCK, BLOCK],
+}
+"""For config.json."""
+
+
+def encoded(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """What stands for `tensor` in an FP8 folder: its blocks and their scales, or bfloat16 where it is not quantised."""
+    if tensor.dim() != 2 or any(part in name for part in KEPT):
+        return [(name, tensor.to(torch.bfloat16))]
+    blocks, scales = quantized(tensor)
+    return [(name, blocks), (name + SUFFIX, scales)]
+
+
+def quantized(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """float8_e4m3fn [rows, columns] and float32 [blocks of rows, blocks of columns], the largest of each block at 448."""
+    rows, columns = tensor.shape
+    padded = torch.nn.functional.pad(tensor.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
+    tiles = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
+    scales = (tiles.abs().amax((1, 3)) / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+    scaled = (tiles / scales[:, None, :, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return scaled.view(padded.shape)[:rows, :columns].contiguous(), scales
+
+
+def dequantized(blocks: Tensor, scales: Tensor) -> Tensor:
+    """float32, the inverse of `quantized` but for rounding."""
+    spread = scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    return blocks.float() * spread[: blocks.shape[0], : blocks.shape[1]]

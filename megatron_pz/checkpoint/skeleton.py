@@ -1,0 +1,133 @@
+"""A whole model as names, shapes and places in a checkpoint, without its numbers: one process, no memory.
+
+Megatron itself says where a parameter stands in a checkpoint (its sharded state dict), the family's name table which
+Hugging Face tensors it is made of. Both are asked of the trainer's own model, built on the meta device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch import Tensor
+
+from megatron_pz.config.schema import Config, ModelConfig
+from megatron_pz.models.family import HfConfig
+from megatron_pz.models.policy import build_policy
+from megatron_pz.models.shards import Shard, shards_of
+from megatron_pz.platform.meta import MetaPlatform, on_meta
+
+
+@dataclass(frozen=True)
+class Place:
+    """A box within a whole tensor of a checkpoint. Leading axes of size 1 count layers or experts."""
+
+    key: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    whole: tuple[int, ...]  # shape of the whole tensor
+    may_differ: bool  # whether a checkpoint's may be of another size: the padding of a vocabulary
+
+
+@dataclass(frozen=True, eq=False)
+class Parameter:
+    """One parameter of the whole model."""
+
+    shard: Shard  # the only one; without numbers
+    saved: ShardedTensor | ShardedTensorFactory
+
+    def places(self) -> list[Place]:
+        """Where its pieces stand in a checkpoint."""
+        return [_place(piece) for piece in _built(self.saved)]
+
+    def cut(self, value: Tensor) -> list[tuple[Place, Tensor]]:
+        """`value` of the whole parameter as its pieces, in the shapes of their places."""
+        if isinstance(self.saved, ShardedTensor):
+            pieces = [value]
+        else:
+            pieces = [piece.data for piece in _built(dataclasses.replace(self.saved, data=value))]
+        return [(place, piece.reshape(place.shape)) for piece, place in zip(pieces, self.places(), strict=True)]
+
+    def join(self, pieces: Sequence[Tensor]) -> Tensor:
+        """The whole parameter from the pieces of `places`: the inverse of `cut`."""
+        shape = self.shard.parameter.shape
+        if isinstance(self.saved, ShardedTensorFactory):
+            flat = [piece.reshape(piece.shape[-len(shape) :]) for piece in pieces]
+            return torch.as_tensor(self.saved.merge_fn(flat))
+        (piece,) = pieces
+        return piece.reshape(piece.shape[-len(shape) :])
+
+    def from_hf(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The whole parameter from its Hugging Face tensors."""
+        return self.shard.entry.mapping.to_shard(tensors, self.shard.shape, 0, 1)
+
+    def to_hf(self, value: Tensor) -> list[Tensor]:
+        """Its Hugging Face tensors from the whole parameter."""
+        return self.shard.entry.mapping.to_hf([value], self.shard.shape)
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model's parameters, in its own order, and the names of what a checkpoint holds beside tensors."""
+
+    parameters: tuple[Parameter, ...]
+    objects: tuple[str, ...]
+
+    def hf_names(self) -> list[str]:
+        """Of every Hugging Face tensor, parameter by parameter."""
+        return [name for parameter in self.parameters for name in parameter.shard.hf_names]
+
+
+def skeleton(hf_config: HfConfig, make_vocab_size_divisible_by: int) -> Skeleton:
+    """The skeleton of the model that config.json describes; the CPU platform must be installed.
+
+    Raises:
+        ModelError: the family is unknown, or config.json is not as it needs.
+    """
+    config = Config(model=ModelConfig(make_vocab_size_divisible_by=make_vocab_size_divisible_by))
+    with _alone(), on_meta():
+        model = build_policy(hf_config, config, MetaPlatform())
+        saved = model.sharded_state_dict()
+        names = [name for name, _ in model.named_parameters()]
+        parameters = [Parameter(shard, saved[name]) for name, shard in zip(names, shards_of([model]), strict=True)]
+    objects = [value.unique_key for value in saved.values() if isinstance(value, ShardedObject)]
+    return Skeleton(tuple(parameters), tuple(objects))
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Megatron's groups of a world of one process, where they are not up already."""
+    if parallel_state.model_parallel_is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(0, force_reset_rng=True)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _built(saved: ShardedTensor | ShardedTensorFactory) -> list[Any]:
+    if isinstance(saved, ShardedTensor):
+        return [saved]
+    built = saved.build()
+    return [built] if isinstance(built, ShardedTensor) else list(nested_values(built))
+
+
+def _place(piece: Any) -> Place:
+    shape = (1,) * piece.prepend_axis_num + tuple(piece.local_shape)
+    return Place(
+        piece.key, tuple(piece.global_offset), shape, tuple(piece.global_shape), bool(piece.allow_shape_mismatch)
+    )
