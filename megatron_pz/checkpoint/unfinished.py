@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -51,9 +50,10 @@ class UnfinishedFolder:
         self._pending: list[Future[WholeFile]] = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.folder.iterdir():
-                if path.name not in {file.name for file in self.files}:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            kept = {self.folder / file.name for file in self.files}
+            for path in self.folder.rglob("*"):
+                if path.is_file() and path not in kept:
+                    path.unlink()
             lines = [json.dumps(task), *(json.dumps(asdict(file)) for file in self.files)]
             self._log = (self.folder / LOG).open("w", encoding="utf-8")
             self._write("".join(f"{line}\n" for line in lines))
