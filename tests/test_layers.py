@@ -21,7 +21,19 @@ def test_the_import_contracts_are_kept(capsys, monkeypatch):
 def test_a_forbidden_import_breaks_a_contract(tmp_path, capsys, monkeypatch):
     # The rules above would also pass if they looked at nothing: here is a package that breaks each kind.
     package = tmp_path / "megatron_pz"
-    for room in ("train", "evaluate", "checkpoint", "sync", "tasks", "corpus", "game", "batch", "models", "engine"):
+    for room in (
+        "plan",
+        "train",
+        "evaluate",
+        "checkpoint",
+        "sync",
+        "tasks",
+        "corpus",
+        "game",
+        "batch",
+        "models",
+        "engine",
+    ):
         (package / room).mkdir(parents=True)
         (package / room / "__init__.py").write_text("")
     (package / "engine" / "sglang").mkdir()

@@ -27,6 +27,12 @@ EVERYWHERE = (
         "the default that TransformerConfig gives cuda_graph_scope itself",
     ),
     Harmless(
+        r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
+        r"megatron\.core\.tensor_parallel",
+        UserWarning,
+        "experts that each lie on one rank, in a model whose other weights do not",
+    ),
+    Harmless(
         r"The \.grad attribute of a Tensor that is not a leaf",
         r"megatron\.core\.optimizer",
         UserWarning,

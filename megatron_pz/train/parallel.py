@@ -6,6 +6,7 @@ Ranks come from torchrun's (or srun's) environment; without it the process is a 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -76,6 +77,25 @@ def init_parallel(config: ParallelConfig, platform: Platform, seed: int) -> Para
     """
     if not dist.is_initialized():
         _init_distributed(platform)
+    start_groups(config)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    control_group = dist.group.WORLD if platform.backend == "gloo" else dist.new_group(backend="gloo", timeout=TIMEOUT)
+    assert control_group is not None
+    dp_rank_of: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(dp_rank_of, parallel_state.get_data_parallel_rank(), group=control_group)
+    return this_rank(config, platform, dp_rank_of, control_group)
+
+
+def start_groups(config: ParallelConfig, *, with_gloo: bool = True) -> None:
+    """Start Megatron's groups of `config`'s layout over the ranks of torch.distributed, which must be up.
+
+    Args:
+        with_gloo: also start groups that carry tensors of host memory (for checkpoints of the distributed optimizer).
+
+    Raises:
+        LayoutError: the number of ranks is no multiple of what a model needs.
+    """
     _check_world(config, dist.get_world_size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
@@ -85,18 +105,18 @@ def init_parallel(config: ParallelConfig, platform: Platform, seed: int) -> Para
         expert_model_parallel_size=config.expert_model_parallel_size,
         expert_tensor_parallel_size=expert_tensor_size(config),
         distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
+        create_gloo_process_groups=with_gloo,
     )
-    torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    control_group = dist.group.WORLD if platform.backend == "gloo" else dist.new_group(backend="gloo", timeout=TIMEOUT)
-    assert control_group is not None
-    dp_rank = parallel_state.get_data_parallel_rank()
-    dp_rank_of: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(dp_rank_of, dp_rank, group=control_group)
+
+
+def this_rank(
+    config: ParallelConfig, platform: Platform, dp_rank_of: Sequence[int], control_group: dist.ProcessGroup
+) -> Parallel:
+    """This rank's place in Megatron's groups, which are up."""
     return Parallel(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        dp_rank=dp_rank,
+        dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),

@@ -10,6 +10,9 @@ from megatron_pz.platform import harmless
 
 RAISED = {
     ("megatron.core.transformer.transformer_config", UserWarning): "full scope is deprecated. Use empty",
+    ("megatron.core.tensor_parallel.layers", UserWarning): (
+        "`sequence_parallel` is set to `True`, but tensor model parallel size is 1. Disabling sequence parallel."
+    ),
     ("megatron.core.optimizer.optimizer", UserWarning): "The .grad attribute of a Tensor that is not a leaf Tensor is",
     (
         "torch.distributed.c10d_logger",

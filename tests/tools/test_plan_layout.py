@@ -1,0 +1,52 @@
+"""tools/plan_layout.py accepts every example that names a layout, and says of others what is wrong."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from example_runs import RANKS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("plan_layout", ROOT / "tools" / "plan_layout.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_example_of_a_layout_has_its_number_of_ranks():
+    assert {path.stem for path in (ROOT / "examples").glob("pretrain_zero_*.toml")} == set(RANKS)
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_an_example_fits(tool, capsys, name):
+    status = tool.main([str(ROOT / "examples" / f"{name}.toml"), "--world-size", str(RANKS[name])])
+    told = capsys.readouterr().out
+    assert (status, told.rstrip().rpartition("\n")[2]) == (0, "fits"), told
+    assert "GiB on a GPU" in told and "traffic of a step" in told and "key-value cache" in told and "mfu 0.45" in told
+
+
+def test_a_layout_that_does_not_fit_gets_others_as_flags_that_fit(tool, capsys):
+    example = str(ROOT / "examples" / "pretrain_zero_30b_1node.toml")
+    assert tool.main([example, "--world-size", "8", "--expert-model-parallel-size", "1"]) == 1
+    told = capsys.readouterr().out
+    assert "does not fit: stage 0 needs" in told
+    flags = told.partition("as flags, the first: ")[2].split()
+    assert tool.main([example, "--world-size", "8", *flags]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("fits")
+
+
+def test_a_layout_that_cannot_be_shared_out_is_explained(tool, capsys):
+    example = str(ROOT / "examples" / "pretrain_zero_qwen3_4b.toml")
+    assert tool.main([example, "--world-size", "8", "--tensor-model-parallel-size", "3"]) == 1
+    told = capsys.readouterr().out
+    assert "8 ranks cannot be shared out" in told and "layouts that fit, the nearest first" in told
+
+
+def test_an_unknown_setting_is_an_error(tool, capsys):
+    example = str(ROOT / "examples" / "pretrain_zero_qwen3_4b.toml")
+    assert tool.main([example, "--world-size", "8", "--tensor-parallel", "2"]) == 2
+    assert "tensor-parallel" in capsys.readouterr().err
