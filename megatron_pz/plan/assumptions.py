@@ -27,6 +27,8 @@ class Assumptions:
     node_gb_per_s: float = 350.0  # a GPU to others of its node, each way, reached
     network_gb_per_s: float = 40.0  # a GPU to other nodes, each way, reached
     host_gb_per_s: float = 40.0  # a GPU to host memory
+    request_gb_per_s: float = 0.5  # weights in requests, to one server after the other
+    disk_gb_per_s: float = 2.0  # a shared folder
     mean_prompt_tokens: float = 500.0
     mean_response_tokens: float = 1000.0
     trained_share: float = 0.7  # of the rollouts, whose groups are not flat

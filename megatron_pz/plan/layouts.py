@@ -22,8 +22,10 @@ from megatron_pz.plan.assumptions import GIB, Assumptions
 from megatron_pz.plan.memory import Memory, Server, server_memory, stage_memory
 from megatron_pz.plan.parts import Parts, model_parts, stages_of
 from megatron_pz.plan.stages import MetaPlatform, Stage, shapes_only
-from megatron_pz.plan.step_time import StepTime, active_parameters, host_gib, num_micro_batches, step_time, work
-from megatron_pz.plan.traffic import Link, links
+from megatron_pz.plan.step_time import StepTime, host_gib, num_micro_batches, step_time, work
+from megatron_pz.plan.traffic import Link, links, weights_link
+from megatron_pz.train.model import ddp_config
+from megatron_pz.train.optimizer import optimizer_config
 
 RECOMPUTE = ("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -61,6 +63,24 @@ class Plan:
         return max(memory.total for memory in self.memories) / GIB
 
 
+def check_tables(config: Config) -> None:
+    """Return where Megatron takes `[optimizer]` and `[ddp]`. What only Transformer Engine's Adam can do is left aside.
+
+    Raises:
+        ConfigError: an unknown name, or values that Megatron refuses.
+    """
+    ddp_config(config)
+    of_engine = (
+        "use_precision_aware_optimizer",
+        "main_params_dtype",
+        "main_grads_dtype",
+        "exp_avg_dtype",
+        "exp_avg_sq_dtype",
+    )
+    plain = {name: value for name, value in config.optimizer.items() if name not in of_engine}
+    optimizer_config(dataclasses.replace(config, optimizer=plain))
+
+
 class Planner:
     """Plans of one model on given machines.
 
@@ -70,10 +90,12 @@ class Planner:
 
     Raises:
         ModelError: the family is unknown, or config.json is not as it needs.
+        ConfigError: `[optimizer]` or `[ddp]` has an unknown name.
     """
 
     def __init__(self, hf_config: HfConfig, config: Config, machines: Machines) -> None:
         self.hf_config, self.machines, self._config = hf_config, machines, config
+        check_tables(config)
         self.family = family_of(hf_config)
         self.vocab_size = self.family.model_fields(hf_config).vocab_size
         self._parts: Callable[[int], Parts] = functools.cache(lambda tensor: model_parts(hf_config, config, tensor))
@@ -129,6 +151,8 @@ class Planner:
         sizes = config.parallel
         model = sizes.tensor_model_parallel_size * sizes.pipeline_model_parallel_size * sizes.context_parallel_size
         wires = tuple(links(stages, config, transformer, world, to_do.num_trained * model / world, assumed))
+        if server is not None:
+            wires += (weights_link(config, transformer, world, self.whole.total, num_servers, assumed),)
         time = step_time(
             config,
             transformer,
@@ -139,7 +163,8 @@ class Planner:
             world_size=world,
             num_servers=num_servers,
             model_parameters=self.whole.total,
-            active=active_parameters(self.whole.total, self.whole.experts, self.whole.embedding, transformer),
+            active=self.whole.active(transformer),
+            active_experts=self.whole.active_experts(transformer),
             assumed=assumed,
         )
         host = host_gib(memories, config, assumed)

@@ -10,6 +10,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from megatron.core.transformer.transformer_config import TransformerConfig
+
 from megatron_pz.config.schema import Config
 from megatron_pz.models.family import HfConfig
 from megatron_pz.models.policy import build_policy
@@ -44,6 +46,15 @@ class Parts:
     def experts(self) -> int:
         """Of all experts of all layers."""
         return self.expert * self.num_experts * sum(self.expert_layers)
+
+    def active_experts(self, config: TransformerConfig) -> float:
+        """Parameters of the experts that a token is sent to, of a whole model."""
+        return self.experts * config.moe_router_topk / self.num_experts if self.num_experts else 0.0
+
+    def active(self, config: TransformerConfig) -> float:
+        """Parameters that a token is multiplied with, of a whole model: a row of the embedding is only read."""
+        unused = 0 if self.is_tied else self.embedding
+        return self.total - unused - self.experts + self.active_experts(config)
 
 
 def model_parts(hf_config: HfConfig, config: Config, tensor: int) -> Parts:

@@ -12,7 +12,7 @@ from megatron_pz.config.schema import Config
 from megatron_pz.plan.assumptions import GIB, Assumptions
 from megatron_pz.plan.memory import Memory, Server, longest_row
 from megatron_pz.plan.stages import Stage
-from megatron_pz.plan.traffic import GB, Link
+from megatron_pz.plan.traffic import GB, WEIGHTS, Link
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,6 @@ def num_micro_batches(config: Config, world_size: int, to_do: Work) -> int:
     return max(1, math.ceil(tokens / (0.95 * longest_row(config))))
 
 
-def active_parameters(
-    num_parameters: int, num_expert_parameters: int, embedding: int, config: TransformerConfig
-) -> float:
-    """Parameters that a token is multiplied with."""
-    chosen = config.moe_router_topk / config.num_moe_experts if config.num_moe_experts else 0.0
-    return num_parameters - num_expert_parameters - embedding + num_expert_parameters * chosen
-
-
 def step_time(
     config: Config,
     transformer: TransformerConfig,
@@ -88,6 +80,7 @@ def step_time(
     num_servers: int,
     model_parameters: int,
     active: float,
+    active_experts: float,
     assumed: Assumptions,
 ) -> StepTime:
     """Seconds of a step.
@@ -96,17 +89,17 @@ def step_time(
         num_servers: SGLang servers in all.
         model_parameters: of the whole model.
         active: parameters that a token is multiplied with.
+        active_experts: those of them that are experts'; the rank that has most tokens for its own keeps the others waiting.
     """
     to_do, peak = work(config, assumed), assumed.peak_tflops * 1e12 * assumed.mfu
     # Every token and parameter: multiply and add, in the forward and twice in the backward; attention sees half of each sequence.
     width = transformer.num_attention_heads * transformer.kv_channels
-    forward = 2 * active + 2 * transformer.num_layers * width * to_do.sample_tokens
+    waited_for = active + (assumed.expert_imbalance - 1) * active_experts
+    forward = 2 * waited_for + 2 * transformer.num_layers * width * to_do.sample_tokens
     train = config.train
     forwards = 3 + (transformer.recompute_granularity == "full")
     forwards += (train.recompute_old_log_probs or train.updates_per_batch > 1) + (train.kl_coef > 0)
     compute = forwards * forward * to_do.num_trained / (world_size * peak)
-    if transformer.num_moe_experts:
-        compute *= assumed.expert_imbalance
     pipeline, pieces = (
         config.parallel.pipeline_model_parallel_size,
         config.parallel.virtual_pipeline_model_parallel_size,
@@ -115,19 +108,17 @@ def step_time(
     fullest = max(memories, key=lambda memory: memory.total)
     moved = fullest.gradients + fullest.optimizer
     is_shared = config.sglang.colocate and server is not None
-    wire = assumed.network_gb_per_s if world_size > assumed.gpus_per_node or not is_shared else assumed.node_gb_per_s
     return StepTime(
         play=_play(config, server, num_servers, to_do, active, model_parameters, assumed),
         compute=compute,
         bubble=compute * (pipeline - 1) / (pieces * micro),
-        communicate=sum(link.seconds for link in wires),
+        communicate=sum(link.seconds for link in wires if link.name != WEIGHTS),
         optimizer=train.updates_per_batch
         * 2
         * (fullest.optimizer + fullest.gradients)
         / (assumed.memory_tb_per_s * 1e12),
         move=2 * fullest.optimizer / (assumed.host_gb_per_s * GB) if is_shared and moved else 0.0,
-        # Gathered on the ranks that speak, then handed on.
-        sync=0.0 if server is None else 2 * model_parameters * transformer.params_dtype.itemsize / (wire * GB),
+        sync=sum(link.seconds for link in wires if link.name == WEIGHTS),
         overlaps=server is not None and config.engine.async_steps > 0,
     )
 

@@ -17,6 +17,7 @@ from megatron_pz.plan.assumptions import Assumptions
 from megatron_pz.plan.stages import Stage
 
 GB = 1e9
+WEIGHTS = "weights to servers"
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,38 @@ def links(
     for name, group, is_expert in (("data", "data", False), ("expert data", "expert data", True)):
         add(name, group, max(_update_bytes(stage, is_expert, config) for stage in stages))
     return found
+
+
+def weights_link(
+    config: Config,
+    transformer: TransformerConfig,
+    world_size: int,
+    model_parameters: int,
+    num_servers: int,
+    assumed: Assumptions,
+) -> Link:
+    """The new weights' way to the servers, once a step: gathered on the ranks that hand them on, then handed on.
+
+    Colocated servers read them where every rank gathered them. `distributed` sends them once round all servers, `disk` once to a
+    file, `tensor` to each server in requests.
+    """
+    sizes, sglang, per_node = config.parallel, config.sglang, assumed.gpus_per_node
+    model = float(model_parameters * transformer.params_dtype.itemsize)
+    width = (transformer.expert_tensor_parallel_size or 1) * sizes.expert_model_parallel_size
+    replica = max(sizes.tensor_model_parallel_size * sizes.context_parallel_size, width)
+    is_inside = replica * sizes.pipeline_model_parallel_size <= per_node
+    handed, pace = 0.0, assumed.node_gb_per_s
+    if not (sglang.colocate and sglang.weight_transport == "tensor"):
+        num_gpus = 0 if sglang.colocate else num_servers * max(1, sglang.gpus_per_server)
+        handed = model * (num_servers if sglang.weight_transport == "tensor" else 1)
+        pace = {
+            "disk": assumed.disk_gb_per_s,
+            "tensor": assumed.request_gb_per_s,
+            "distributed": assumed.node_gb_per_s if world_size + num_gpus <= per_node else assumed.network_gb_per_s,
+        }[sglang.weight_transport]
+    seconds = model / GB / (assumed.node_gb_per_s if is_inside else assumed.network_gb_per_s) + handed / GB / pace
+    others = 0 if sglang.colocate else -(-num_servers * max(1, sglang.gpus_per_server) // per_node)
+    return Link(WEIGHTS, num_servers + 1, max(1, -(-world_size // per_node)) + others, model + handed, seconds)
 
 
 def _update_bytes(stage: Stage, is_expert: bool, config: Config) -> float:

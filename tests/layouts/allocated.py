@@ -89,31 +89,36 @@ def held(hf_config: HfConfig, config: Config) -> dict[str, Any]:
         "gradients": sum(gradients.values()),
         "optimizer": sum(optimizer.values()),
         "all": sum(size for at, size in storages(everything()).items() if at not in before),
-        "kept": None,
-        "tokens": None,
     }
     if parallel.pp_size == parallel.cp_size == 1:
         batch = plan.micro_batches[parallel.dp_rank][0]
-        found |= {"kept": kept_by_forward(trainer, batch, set(parameters)), "tokens": batch.num_tokens}
+        found |= {"tokens": batch.num_tokens, **kept_by_forward(trainer, batch, set(parameters))}
     parallel_state.destroy_model_parallel()
     return found
 
 
-def kept_by_forward(trainer: Trainer, batch: MicroBatch, parameters: set[int]) -> int:
-    """Bytes that autograd keeps of one micro-batch, without the weights."""
-    kept: list[torch.Tensor] = []
+def kept_by_forward(trainer: Trainer, batch: MicroBatch, parameters: set[int]) -> dict[str, int]:
+    """Bytes that autograd keeps of one micro-batch, without the weights: in the forward, and in what the backward runs again."""
+    on = on_device(batch, trainer.platform)
+    first: list[torch.Tensor] = []
+    again: list[torch.Tensor] = []
+    kept = first
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         kept.append(tensor)
         return tensor
 
-    on = on_device(batch, trainer.platform)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = trainer.chunks[0](
             on.input_ids, on.position_ids, packed_seq_params=on.packed_seq_params, labels=on.labels, temperature=1.0
         )
-    del output
-    return sum(size for at, size in storages(kept).items() if at not in parameters)
+        kept = again
+        output[0].sum().backward()
+    in_forward = storages(first)
+    return {
+        "kept": sum(size for at, size in in_forward.items() if at not in parameters),
+        "again": sum(size for at, size in storages(again).items() if at not in parameters and at not in in_forward),
+    }
 
 
 def _optimizer_tensors(optimizer: Any) -> Iterator[torch.Tensor]:

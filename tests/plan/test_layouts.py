@@ -11,9 +11,9 @@ from megatron_pz.platform.select import select_platform
 select_platform("cpu")
 
 from megatron_pz.config.load import read_config  # noqa: E402  (the platform comes first)
-from megatron_pz.errors import LayoutError  # noqa: E402
+from megatron_pz.errors import ConfigError, LayoutError  # noqa: E402
 from megatron_pz.plan.assumptions import GIB, Assumptions  # noqa: E402
-from megatron_pz.plan.layouts import Machines, Planner, distance  # noqa: E402
+from megatron_pz.plan.layouts import Machines, Planner, check_tables, distance  # noqa: E402
 from megatron_pz.plan.memory import optimizer_width  # noqa: E402
 from megatron_pz.plan.stages import Buffer  # noqa: E402
 from megatron_pz.plan.traffic import Group  # noqa: E402
@@ -89,6 +89,12 @@ def test_a_pipeline_holds_most_at_its_beginning():
     assert activations[0] > activations[1] > activations[2]
 
 
+def test_names_that_megatron_does_not_know_are_refused():
+    with pytest.raises(ConfigError, match="no field of Megatron-Core's OptimizerConfig; did you mean"):
+        _, config = planner("pretrain_zero_qwen3_4b", 8)
+        check_tables(dataclasses.replace(config, optimizer={"exp_avg_dtyp": "bfloat16"}))
+
+
 def test_a_server_too_large_for_its_gpu_is_named():
     own, config = planner("pretrain_zero_30b_1node", 8, assumed={"gpu_memory_gib": 40.0})
     assert any("a server's cache has" in fault for fault in own.plan(config).faults)
@@ -103,8 +109,9 @@ def test_the_cache_takes_two_rows_a_layer_and_token():
 
 def test_data_parallel_traffic_is_gradients_and_parameters_once():
     own, config = planner("pretrain_zero_qwen3_4b", 8)
-    (data,) = own.plan(config).wires
+    data, weights = own.plan(config).wires
     assert (data.name, data.num_ranks, data.num_nodes) == ("data", 8, 1)
+    assert weights.num_bytes == pytest.approx(4.022e9 * 2, rel=1e-3)  # gathered, and read in place by colocated servers
     assert data.num_bytes == pytest.approx(4.022e9 * (4 + 2) * 7 / 8, rel=1e-3)
 
 
