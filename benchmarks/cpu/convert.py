@@ -1,0 +1,149 @@
+"""Rate and memory of `tools/convert_checkpoint.py`, beside `cp` of the same bytes on the same disk in the same run.
+
+Weights are random, tensor by tensor of the exact shapes of a config.json; `--layers` makes a model fit the disk, which has to
+hold it three times. Memory: the largest of anonymous pages (what the program holds) and of resident ones (page cache of mapped
+files included), sampled every 50 ms. Both ways are checked: the tensors that come back are compared bit for bit.
+
+Usage: convert.py [--model examples/models/Qwen3-4B-Base] [--layers 0] [--folder FOLDER] [--out benchmarks/records/convert]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "convert_checkpoint.py"
+MIB = 1024**2
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    arguments.add_argument("--model", default="examples/models/Qwen3-4B-Base")
+    arguments.add_argument("--layers", type=int, default=0, help="0: as config.json says")
+    arguments.add_argument("--folder", default=None, help="on the disk that is measured")
+    arguments.add_argument("--out", default="benchmarks/records/convert")
+    given = arguments.parse_args()
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        place = Path(folder)
+        facts = make(ROOT / given.model, given.layers, place / "model")
+        rows = {"cp": copied(place / "model", place / "copy")}
+        shutil.rmtree(place / "copy")
+        rows["to megatron"] = measured([str(place / "model"), str(place / "there"), "--to", "megatron"])
+        rows["to hf"] = measured([str(place / "there"), str(place / "back"), "--to", "hf"])
+        shutil.rmtree(place / "there")
+        rows["cp again"] = copied(place / "model", place / "copy")
+        facts["unequal tensors"] = unequal(place / "model", place / "back")
+    write(Path(given.out), Path(given.model).name, facts, rows)
+
+
+def make(source: Path, layers: int, folder: Path) -> dict[str, Any]:
+    """A Hugging Face folder of random bfloat16 weights."""
+    from megatron_pz.platform.select import select_platform
+
+    select_platform("cpu")
+    import torch
+
+    from megatron_pz.checkpoint.skeleton import skeleton
+    from megatron_pz.checkpoint.tensor_file import TensorFile
+
+    hf = json.loads((source / "config.json").read_text()) | {"dtype": "bfloat16"}
+    if layers:
+        hf["num_hidden_layers"] = layers
+        hf.pop("layer_types", None)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(hf))
+    generator = torch.Generator().manual_seed(1)
+    specs = [
+        (name, torch.bfloat16, shape)
+        for one in skeleton(hf, 8).parameters
+        for name, shape in zip(one.shard.hf_names, one.shard.hf_shapes(), strict=True)
+    ]
+    file = TensorFile(folder / "model.safetensors", specs)
+    for name, dtype, shape in specs:
+        bits = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, generator=generator)
+        file.add(name, (bits & 0x3FFF).view(dtype))  # any bits but infinities and NaNs
+    file.close()
+    sizes = [2 * torch.Size(shape).numel() for _, _, shape in specs]
+    return {"layers": hf["num_hidden_layers"], "tensors": len(specs), "bytes": sum(sizes), "largest": max(sizes)}
+
+
+def copied(source: Path, destination: Path) -> dict[str, float]:
+    """`cp`, until the bytes are on disk, as the tool's are."""
+    start = time.perf_counter()
+    subprocess.run(["cp", "-r", str(source), str(destination)], check=True)
+    subprocess.run(["sync", "-f", str(destination)], check=True)
+    return {"seconds": time.perf_counter() - start}
+
+
+def measured(given: list[str]) -> dict[str, float]:
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, str(TOOL), *given], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+    )
+    held = {"RssAnon": 0, "VmRSS": 0}
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            break
+        for name in held:
+            if found := re.search(rf"{name}:\s+(\d+) kB", status):
+                held[name] = max(held[name], int(found[1]) * 1024)
+        time.sleep(0.05)
+    assert process.wait() == 0, given
+    return {"seconds": time.perf_counter() - start, **held}
+
+
+def unequal(first: Path, second: Path) -> int:
+    """Tensors that differ."""
+    import torch
+
+    from megatron_pz.checkpoint.hf_import import TensorReader
+
+    a, b = TensorReader(first), TensorReader(second)
+    assert a.names == b.names
+    return sum(not torch.equal(a.read(name).view(torch.int16), b.read(name).view(torch.int16)) for name in a.names)
+
+
+def write(out: Path, model: str, facts: dict[str, Any], rows: dict[str, Any]) -> None:
+    cp = min(rows["cp"]["seconds"], rows["cp again"]["seconds"])
+    lines = [
+        f"## {model}, {facts['layers']} layers",
+        "",
+        f"{date.today()}, {facts['bytes'] / 1e9:.2f} GB in {facts['tensors']} tensors of bfloat16, the largest "
+        f"{facts['largest'] / MIB:.0f} MiB; two cores, load average {os.getloadavg()[1]:.1f}. "
+        f"Tensors that came back otherwise: {facts['unequal tensors']}.",
+        "",
+        "| | seconds | GB/s | rate over the faster `cp` | anonymous memory | resident |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        memory = [f"{row[key] / MIB:.0f} MiB" if key in row else "" for key in ("RssAnon", "VmRSS")]
+        rate = facts["bytes"] / row["seconds"] / 1e9
+        lines.append(
+            f"| {name} | {row['seconds']:.1f} | {rate:.2f} | {cp / row['seconds']:.2f} | {' | '.join(memory)} |"
+        )
+    record = out.with_suffix(".json")
+    known = json.loads(record.read_text()) if record.exists() else {}
+    known[f"{model}, {facts['layers']} layers"] = {"facts": facts, "rows": rows, "markdown": lines}
+    record.write_text(json.dumps(known, indent=1) + "\n")
+    text = ["# Conversion beside `cp`", ""]
+    for one in known.values():
+        text += [*one["markdown"], ""]
+    out.with_suffix(".md").write_text("\n".join(text))
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
