@@ -21,9 +21,10 @@ from megatron_pz.plan.activations import layer_bytes
 from megatron_pz.plan.assumptions import GIB, Assumptions
 from megatron_pz.plan.memory import Memory, Server, server_memory, stage_memory
 from megatron_pz.plan.parts import Parts, model_parts, stages_of
-from megatron_pz.plan.stages import MetaPlatform, Stage, shapes_only
+from megatron_pz.plan.stages import Stage, shapes_only
 from megatron_pz.plan.step_time import StepTime, host_gib, num_micro_batches, step_time, work
 from megatron_pz.plan.traffic import Link, links, weights_link
+from megatron_pz.platform.meta import MetaPlatform
 from megatron_pz.train.model import ddp_config
 from megatron_pz.train.optimizer import optimizer_config
 

@@ -17,8 +17,9 @@ from megatron_pz.models.family import HfConfig
 from megatron_pz.models.policy import build_policy
 from megatron_pz.models.registry import family as family_of
 from megatron_pz.models.transformer import expert_tensor_size
-from megatron_pz.plan.stages import Buffer, MetaPlatform, Stage, fake_world, layers_of, on_meta, shapes_only
+from megatron_pz.plan.stages import Buffer, Stage, fake_world, layers_of, shapes_only
 from megatron_pz.platform.base import torch_dtype
+from megatron_pz.platform.meta import MetaPlatform, on_meta
 
 BUCKET = 128
 """Buckets of the distributed optimizer end at a multiple of this and of the ranks that share them."""

@@ -14,21 +14,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_pz.config.schema import Config
 from megatron_pz.models.family import HfConfig
 from megatron_pz.models.registry import family as family_of
 from megatron_pz.models.shards import unwrap
-from megatron_pz.platform.cpu import CpuPlatform
+from megatron_pz.platform.meta import MetaPlatform, on_meta
 from megatron_pz.train.model import build_model
 from megatron_pz.train.parallel import Parallel, shutdown, start_groups, this_rank
-
-META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -58,37 +54,6 @@ class Stage:
     @property
     def num_parameters(self) -> int:
         return sum(buffer.num_parameters for buffer in self.buffers)
-
-
-class MetaPlatform(CpuPlatform):
-    """The local layers on the meta device."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where tensors have shapes only."""
-        return META
-
-    def transformer_defaults(self, transformer_impl: str | None = None) -> dict[str, Any]:
-        """The CPU's, without initialisation."""
-        no_numbers = {"use_cpu_initialization": False, "perform_initialization": False}
-        return {**super().transformer_defaults(), **no_numbers}
-
-
-class _OnMeta(TorchFunctionMode):
-    """Tensors that ask for a device by name get the meta device; `torch.device` as a context serves the others."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if kwargs.get("device") is not None:
-            kwargs["device"] = META
-        return function(*args, **kwargs)
-
-
-@contextmanager
-def on_meta() -> Iterator[None]:
-    """All tensors that are made in the block have shapes only."""
-    with META, _OnMeta():
-        yield
 
 
 @contextmanager
