@@ -114,6 +114,7 @@ class CheckpointStore:
         loaded = dist_checkpointing.load(wanted, str(folder / SHARDS))
         for index, chunk in enumerate(chunks):
             unwrap(chunk).load_state_dict(loaded[f"model{index}"])
+        _keep_learning_rates(loaded["optimizer"], optimizer)
         optimizer.load_state_dict(loaded["optimizer"])
         _separate_steps(optimizer)
         return (folder / STATE).read_text(encoding="utf-8")
@@ -218,6 +219,18 @@ def _sharded(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, *,
     flat = model["model0"] if len(model) == 1 else {f"{k}.{n}": v for k, part in model.items() for n, v in part.items()}
     state = optimizer.sharded_state_dict(flat, is_loading=is_loading, metadata=SHARDING)
     return {**model, "optimizer": state}
+
+
+def _keep_learning_rates(state: Any, optimizer: MegatronOptimizer) -> None:
+    """Have the saved groups of parameters name this run's bounds of the learning rate, which are settings and may change.
+
+    megatron-core 0.19 looks a group up by them, and fails where they differ; every step sets the rate itself.
+    """
+    if isinstance(state, dict):
+        for group in state.get("param_groups", ()):
+            group |= {name: optimizer.param_groups[0][name] for name in ("max_lr", "min_lr") if name in group}
+        for part in state.values():
+            _keep_learning_rates(part, optimizer)
 
 
 def _separate_steps(optimizer: MegatronOptimizer) -> None:

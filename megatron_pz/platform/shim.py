@@ -226,8 +226,9 @@ def _torch_patches() -> Iterator[Patch]:
         "tensor_parallel/random.py:237,422",
         _probe_inert("manual_seed"),
     )
-    yield Patch("torch.cuda.nvtx:range_push", _constant(None), "utils.py, attention.py", lambda: c.nvtx.range_push("a"))
-    yield Patch("torch.cuda.nvtx:range_pop", _constant(None), "utils.py, attention.py", lambda: c.nvtx.range_pop())
+    for name in ("nvtx.range_push", "nvtx.range_pop"):  # torch's builds for CUDA have them without a device too
+        owner, _, function = name.partition(".")
+        yield Patch(f"torch.cuda.{owner}:{function}", _constant(None), "utils.py, attention.py", _probe_inert(name))
     yield Patch(
         "torch:Tensor.cuda", lambda stock: lambda self, *a, **k: self, "p2p, schedules", lambda: torch.ones(1).cuda()
     )
