@@ -146,7 +146,7 @@ class Planner:
         memories = tuple(stage_memory(stage, config, transformer, layers, vocabulary, micro) for stage in stages)
         beside = int(assumed.reserve_gib * GIB)
         if config.sglang.colocate:
-            beside += max(memory.parameters for memory in memories)
+            beside += max(memory.parameters + memory.reference for memory in memories)
         server = server_memory(config, transformer, self.whole.total, beside, assumed)
         num_servers = self._num_servers(config)
         sizes = config.parallel

@@ -29,11 +29,12 @@ class Memory:
     optimizer: int
     activations: int  # kept for the backward, of all micro-batches under way, and what recomputation adds
     head: int  # logits of a chunk, and the head's gradient before it is added
+    reference: int  # weights of the first policy, where there is a KL term
     host: int  # optimizer state in host memory, of this rank
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.head
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.head + self.reference
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,8 @@ def stage_memory(
         num_micro_batches: of an update, on each data-parallel rank.
     """
     parameters, gradients, optimizer = state(stage, config)
-    offloaded = config.optimizer.get("optimizer_cpu_offload") and config.optimizer.get(
-        "optimizer_offload_fraction", 0.0
-    )
-    host = int(optimizer * (offloaded or 0.0))
+    share = config.optimizer.get("optimizer_offload_fraction", 0.0)
+    host = int(optimizer * share) if config.optimizer.get("optimizer_cpu_offload") else 0
     sizes, pieces = config.parallel, config.parallel.virtual_pipeline_model_parallel_size
     tokens = math.ceil(longest_row(config) / sizes.context_parallel_size)
     retained, again = kept(transformer, list(layers), stage.layers, pieces)
@@ -119,7 +118,10 @@ def stage_memory(
     if stage.has_head:
         activations += tokens * head_input_bytes(transformer)
         head = head_bytes(config, transformer, vocab_size)
-    return Memory(parameters, gradients, optimizer - host, int(activations), int(head), host)
+    reference = 0
+    if config.train.kl_coef > 0:
+        reference = sum(buffer.num_parameters * buffer.parameter_bytes for buffer in stage.buffers)
+    return Memory(parameters, gradients, optimizer - host, int(activations), int(head), reference, host)
 
 
 def head_input_bytes(transformer: TransformerConfig) -> float:

@@ -88,19 +88,18 @@ def _head(plan: Plan, machines: Machines) -> str:
         f"recomputed: {recomputation(plan)}",
     ]
     if plan.server is not None:
-        lines.append(f"{plan.num_servers} SGLang servers of {plan.server.num_gpus} GPUs, {where}")
+        lines.append(f"{plan.num_servers} SGLang servers of {plan.server.num_gpus} GPU(s), {where}")
     return "\n".join(lines)
 
 
 def _memory(plan: Plan, machines: Machines) -> str:
-    names = ("parameters", "gradients", "optimizer", "activations", "head", "total")
-    rows: list[tuple[str, ...]] = [("GiB on a GPU", "layers", "parameters", *names)]
+    reference = ("reference",) if any(memory.reference for memory in plan.memories) else ()
+    names = ("parameters", "gradients", "optimizer", "activations", "head", *reference, "total")
+    rows: list[tuple[str, ...]] = [("GiB on a GPU", "layers", "billion", *names)]
     shown: dict[tuple[str, ...], list[int]] = {}
     for stage, memory in zip(plan.stages, plan.memories, strict=True):
         values = tuple(f"{getattr(memory, name) / GIB:.2f}" for name in names)
-        shown.setdefault((str(len(stage.layers)), f"{stage.num_parameters / 1e9:.3f} B", *values), []).append(
-            stage.index
-        )
+        shown.setdefault((str(len(stage.layers)), f"{stage.num_parameters / 1e9:.3f}", *values), []).append(stage.index)
     for row, stages in shown.items():
         rows.append((f"stage {_ranges(stages)}", *row))
     assumed = machines.assumed

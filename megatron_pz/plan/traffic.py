@@ -93,9 +93,7 @@ def links(
             found.append(_link(name, of[group], num_bytes, assumed, outside))
 
     halves = 1 if chosen else 2  # attention, and the MLP where it is dense
-    gathers = (
-        1 / 2 if transformer.sequence_parallel else 0.0
-    )  # inputs are gathered once more for the weights' gradients
+    gathers = 0.5 if transformer.sequence_parallel else 0.0  # of inputs, once more, for the weights' gradients
     add("tensor", "tensor", own_layers * halves * 2 * (passes + gathers) * row * _part(tensor))
     add("context", "context", own_layers * (passes + 1) * 2 * local * _keys(transformer) * b * (context - 1))
     rows = shard * chosen * assumed.expert_imbalance

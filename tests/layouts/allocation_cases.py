@@ -30,6 +30,7 @@ MOE = DENSE | {
 }
 LLAMA = DENSE | {"model_type": "llama", "tie_word_embeddings": False}
 NOPE = DENSE | {"model_type": "smollm3", "no_rope_layer_interval": 2}
+LARGE = {"vocab_size": 20000}  # beside it, batches and tables of positions are small
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
 BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 3}
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
@@ -66,6 +67,7 @@ OF_TWO = {
     "dp2, float32": case(LLAMA, "float32"),
     "tp2": case(DENSE, tensor_model_parallel_size=2),
     "tp2 sp": case(LLAMA, tensor_model_parallel_size=2, sequence_parallel=True),
+    "cp2": case(LLAMA, context_parallel_size=2),
     "pp2, tied": case(DENSE, pipeline_model_parallel_size=2),
     "pp2, two pieces": case(LLAMA, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
     "moe ep2": case(MOE, expert_model_parallel_size=2),
@@ -73,11 +75,11 @@ OF_TWO = {
     "moe tp2 sp ep2": case(MOE, tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2),
 }
 OF_FOUR = {
-    "moe dp4 ep2": case(MOE, expert_model_parallel_size=2),
-    "tp2 pp2": case(DENSE, tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
-    "cp2 dp2": case(LLAMA, context_parallel_size=2),
+    "moe dp4 ep2": case(MOE | LARGE, expert_model_parallel_size=2),
+    "tp2 pp2": case(DENSE | LARGE, tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+    "cp2 dp2": case(LLAMA | LARGE, context_parallel_size=2),
     "moe tp2 sp pp2 ep2": case(
-        MOE,
+        MOE | LARGE,
         tensor_model_parallel_size=2,
         sequence_parallel=True,
         pipeline_model_parallel_size=2,

@@ -83,6 +83,15 @@ def test_more_tokens_and_less_recomputation_take_more_memory():
     assert plan.memories[0].activations > 36 * 16384 * 4096 * 2
 
 
+def test_a_reference_policy_takes_the_weights_once_more():
+    own, config = planner("pretrain_zero_qwen3_4b", 8)
+    with_reference = dataclasses.replace(config, train=dataclasses.replace(config.train, kl_coef=0.1))
+    one, other = own.plan(config), own.plan(with_reference)
+    assert other.memories[0].reference == pytest.approx(one.memories[0].parameters, rel=1e-3)
+    assert other.memories[0].total - one.memories[0].total == other.memories[0].reference
+    assert other.server.cache < one.server.cache
+
+
 def test_a_pipeline_holds_most_at_its_beginning():
     own, config = planner("pretrain_zero_qwen3_8b", 8, parallel={"pipeline_model_parallel_size": 4})
     activations = [memory.activations for memory in own.plan(config).memories]

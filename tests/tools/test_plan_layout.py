@@ -29,6 +29,13 @@ def test_an_example_fits(tool, capsys, name):
     assert "GiB on a GPU" in told and "traffic of a step" in told and "key-value cache" in told and "mfu 0.45" in told
 
 
+def test_the_demo_fits_a_laptop(tool, capsys):
+    example = str(ROOT / "examples" / "demo.toml")
+    flags = ["--hf-model", str(ROOT / "examples" / "demo_policy"), "--gpu-memory-gib", "8", "--reserve-gib", "2"]
+    assert tool.main([example, "--world-size", "2", "--platform", "cpu", *flags]) == 0
+    assert "layers of plain torch" in capsys.readouterr().out
+
+
 def test_a_layout_that_does_not_fit_gets_others_as_flags_that_fit(tool, capsys):
     example = str(ROOT / "examples" / "pretrain_zero_30b_1node.toml")
     assert tool.main([example, "--world-size", "8", "--expert-model-parallel-size", "1"]) == 1
