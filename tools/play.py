@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         config = load_config(argv)
         config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, engine="sglang"))
-        validate(config, 1)
+        validate(config, None)
         if not server_urls(config):
             raise ConfigError("--server-urls is empty: name the servers to play with. tools/serve.py starts some.")
         asyncio.run(_attached(config))

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
                 f"--server-urls names servers that run already ({', '.join(urls)}): there is none to start."
             )
         config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, engine="sglang"))
-        validate(config, 1)
+        validate(config, None)
         run_dir = Path(config.checkpoint.run_dir)
         folder = resolve_folder(config.model.hf_model)
         length = context_length(config, read_hf_config(folder))

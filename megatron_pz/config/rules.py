@@ -50,15 +50,15 @@ NOT_NEGATIVE = {
 Rule = Callable[[Config, int], Iterator[str]]
 
 
-def validate(config: Config, world_size: int) -> None:
-    """Returns when `config` can run on `world_size` ranks.
+def validate(config: Config, world_size: int | None) -> None:
+    """Returns when `config` can run on `world_size` ranks; None: nothing of it trains here, and the layout is not asked.
 
     Raises:
         LayoutError: every fault is one of the parallel sizes.
         ConfigError: anything else; the message names all faults, one a line.
     """
-    layout = [fault for rule in LAYOUT_RULES for fault in rule(config, world_size)]
-    others = [fault for rule in RULES for fault in rule(config, world_size)]
+    layout = [] if world_size is None else [fault for rule in LAYOUT_RULES for fault in rule(config, world_size)]
+    others = [fault for rule in RULES for fault in rule(config, world_size or 1)]
     if faults := others + layout:
         raise (ConfigError if others else LayoutError)("\n".join(faults))
 
@@ -228,26 +228,25 @@ def servers_are_named_or_started(config: Config, world_size: int) -> Iterator[st
     sglang = config.sglang
     if sglang.router_url and not sglang.server_urls:
         yield "sglang.router_url is set and sglang.server_urls is empty: control calls go to each server. Name them too."
-    if sglang.server_urls and config.server:
-        yield (
-            f"[server] sets {', '.join(sorted(config.server))} while sglang.server_urls names servers that run already. "
-            "Start them with these flags, or leave --server-urls empty."
-        )
     if sglang.colocate and (config.engine.async_steps or config.engine.stragglers == "continue"):
         yield (
             f"sglang.colocate is true with engine.async_steps {config.engine.async_steps} and engine.stragglers "
             f"{config.engine.stragglers!r}: requests would be under way while the servers have no memory. Use 0 and 'wait' or 'cut'."
         )
+    if (config.engine.over_sampling > 0) != (config.engine.stragglers != "wait"):
+        yield (
+            f"engine.over_sampling is {config.engine.over_sampling} while engine.stragglers is {config.engine.stragglers!r}; "
+            "more paragraphs are begun than are needed where stragglers are cut or go on, and nowhere else. Set both."
+        )
+
+
+def shared_gpus_are_there(config: Config, world_size: int) -> Iterator[str]:
+    sglang = config.sglang
     on_gpus = sglang.num_servers * sglang.gpus_per_server
     if sglang.colocate and not sglang.server_urls and on_gpus > world_size:
         yield (
             f"sglang.colocate is true with sglang.num_servers {sglang.num_servers} x sglang.gpus_per_server "
             f"{sglang.gpus_per_server} = {on_gpus} GPUs, and the trainer has {world_size}. Start fewer or smaller servers."
-        )
-    if (config.engine.over_sampling > 0) != (config.engine.stragglers != "wait"):
-        yield (
-            f"engine.over_sampling is {config.engine.over_sampling} while engine.stragglers is {config.engine.stragglers!r}; "
-            "more paragraphs are begun than are needed where stragglers are cut or go on, and nowhere else. Set both."
         )
 
 
@@ -296,6 +295,7 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     world_is_divided,
     sequence_parallel_has_tensor_parallel,
     interleaved_stages_have_a_pipeline,
+    shared_gpus_are_there,
 )
 
 RULES: tuple[Rule, ...] = (

@@ -33,6 +33,18 @@ def test_the_defaults_with_a_model_and_a_corpus_are_valid():
     validate(config(), world_size=8)
 
 
+def test_where_nobody_trains_the_layout_is_not_asked():
+    sizes = {"tensor_model_parallel_size": 8, "engine": "sglang"}
+    servers = {"colocate": True, "num_servers": 4, "gpus_per_server": 2}
+    validate(config(**sizes, **servers), world_size=None)
+    with pytest.raises(LayoutError, match="8 GPUs, and the trainer has 4"):
+        validate(config(**servers, engine="sglang"), world_size=4)
+
+
+def test_a_file_serves_its_servers_and_the_trainer_that_is_given_their_addresses():
+    validate(config(engine="sglang", server_urls="http://a:1", server={"mem-fraction-static": 0.7}), world_size=1)
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.name)
 def test_every_example_is_valid(path):
     validate(read_config(path), world_size=RANKS.get(path.stem, 1))
@@ -107,7 +119,6 @@ def test_a_layout_that_fits_passes(fields, world_size):
         ({"engine": "sglang", "colocate": True, "async_steps": 1}, r"colocate is true with engine\.async_steps 1"),
         ({"importance_cap": 1.0}, r"importance_cap is 1\.0; it must be above 1"),
         ({"router_url": "http://r:1"}, r"router_url is set and sglang\.server_urls is empty"),
-        ({"server_urls": "http://r:1", "server": {"tp": 2}}, r"\[server\] sets tp while sglang\.server_urls"),
         ({"max_mask_fraction": 0.0}, r"max_mask_fraction is 0\.0"),
         ({"span_p": 0.0}, r"span_p is 0\.0"),
         ({"max_prompt_tokens": 1280}, r"max_paragraph_tokens is 1280 and task\.max_prompt_tokens 1280"),
