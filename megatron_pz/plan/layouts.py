@@ -227,12 +227,12 @@ class Planner:
     def _candidates(self) -> Iterator[Config]:
         config, world = self._config, self.machines.world_size
         sizes = config.parallel
-        powers = [2**power for power in range(int(math.log2(max(world, 1))) + 1)]
-        tensors = [size for size in powers if size <= self.machines.assumed.gpus_per_node]
+        divisors = [size for size in range(1, world + 1) if world % size == 0]
+        tensors = [size for size in divisors if size <= self.machines.assumed.gpus_per_node]
         experts = [1]
         if self.whole.num_experts:
-            experts = [size for size in powers if self.whole.num_experts % size == 0]
-        stages = [size for size in powers if len(self.whole.layers) % size == 0]
+            experts = [size for size in divisors if self.whole.num_experts % size == 0]
+        stages = [size for size in divisors if len(self.whole.layers) % size == 0]
         contexts = sorted({1, sizes.context_parallel_size})
         plain = {name: value for name, value in config.transformer.items() if name not in RECOMPUTE}
         tables = [config.transformer, plain | FULL] + ([plain] if config.transformer != plain else [])

@@ -64,7 +64,6 @@ ALONE = {
 OF_TWO = {
     "dp2": case(DENSE),
     "dp2, whole optimizer": case(DENSE, use_distributed_optimizer=False),
-    "dp2, float32": case(LLAMA, "float32"),
     "tp2": case(DENSE, tensor_model_parallel_size=2),
     "tp2 sp": case(LLAMA, tensor_model_parallel_size=2, sequence_parallel=True),
     "cp2": case(LLAMA, context_parallel_size=2),

@@ -72,6 +72,13 @@ def test_what_cannot_be_shared_out_has_neighbours_that_can():
     assert own.propose()[0].config.parallel.tensor_model_parallel_size in (2, 4)
 
 
+def test_odd_numbers_of_ranks_are_shared_out_too():
+    own, _ = planner("pretrain_zero_qwen3_4b", 12, parallel={"pipeline_model_parallel_size": 5})
+    stages = {plan.config.parallel.pipeline_model_parallel_size for plan in own.propose()}
+    assert {3, 6} <= stages  # 36 layers, 12 ranks
+    assert 8 not in stages
+
+
 def test_more_tokens_and_less_recomputation_take_more_memory():
     own, config = planner("pretrain_zero_qwen3_8b", 8)
     plan = own.plan(config)
