@@ -18,7 +18,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megatron_pz.config.schema import Config
-from megatron_pz.errors import NumericsError
+from megatron_pz.errors import LayoutError, NumericsError
 from megatron_pz.platform.base import Platform
 from megatron_pz.train.forward import DeviceBatch, LogProbs, run_schedule, whole_rows
 from megatron_pz.train.loss import importance_weights, policy_loss, supervised_loss, token_sums
@@ -42,12 +42,21 @@ class Trainer:
         config: sections task, engine, train, model, parallel and the table `[optimizer]` are read.
         platform: installed.
         parallel: this rank's place.
+
+    Raises:
+        LayoutError: Megatron would sample under this layout, but refuses to train.
     """
 
     def __init__(
         self, chunks: list[DistributedDataParallel], config: Config, platform: Platform, parallel: Parallel
     ) -> None:
         self.chunks, self.config, self.platform, self.parallel = chunks, config, platform, parallel
+        transformer = chunks[0].config
+        if transformer.num_moe_experts and parallel.tp_size > 1 and not transformer.sequence_parallel:
+            raise LayoutError(
+                f"parallel.tensor_model_parallel_size is {parallel.tp_size} and sequence_parallel false, in a model with experts; "
+                "Megatron trains these under tensor parallelism only with parallel.sequence_parallel. Set it to true."
+            )
         self.optimizer = build_optimizer(chunks, config)
         self.schedule = LrSchedule.of(config.train)
         self.is_supervised = config.task.task in SUPERVISED_TASKS

@@ -1,4 +1,4 @@
-"""Models of `transformers` in 13 layouts of two ranks: same logits and log-probs, and the same folder back.
+"""Models of `transformers` in 16 layouts of two ranks: same logits and log-probs, and the same folder back.
 
 The folder comes back by the layout's own export, and from the checkpoint that the layout saves; the layout has the same
 parameters from the folder and from its conversion (checkpoint/convert.py).
@@ -21,7 +21,7 @@ TOLERANCE = 1e-4  # of logits with standard deviation 1.5; 6e-6 is seen
 CASES = [
     *("qwen3 dp2", "qwen3 tp2", "qwen3 tp2 sp", "qwen3 pp2", "qwen3 untied pp2", "llama tp2"),
     *("smollm3 tp2", "smollm3 pp2", "qwen3_moe tp2", "qwen3_moe ep2", "qwen3_moe tp2 ep2"),
-    *("qwen3_moe mixed ep2", "qwen3_moe mixed pp2"),
+    *("qwen3_moe mixed ep2", "qwen3_moe mixed pp2", "qwen3_moe mixed cp2", "smollm3 cp2", "smollm3 vpp2"),
 ]
 
 

@@ -19,6 +19,8 @@ SPEAKERS = {
     "dense dp2": [0, 1],
     "dense tp2": [0],
     "dense tp2 sp": [0],
+    "dense cp2": [0, 1],  # each has whole weights, and samples whole sequences
+    "moe cp2 ep2": [0],
     "moe dp2": [0, 1],
     "moe ep2": [0],
     "moe tp2": [0],

@@ -53,7 +53,7 @@ DENSE = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
 MODELS = {"dense": DENSE, "moe": DENSE | EXPERTS | {"model_type": "qwen3_moe", "tie_word_embeddings": False}}
 TP2, PP2, EP2 = ({f"{name}_model_parallel_size": 2} for name in ("tensor", "pipeline", "expert"))
-SP = {"sequence_parallel": True}
+SP, CP2 = {"sequence_parallel": True}, {"context_parallel_size": 2}
 
 CASES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "one": {"dense": ("dense", {}), "moe": ("moe", {})},
@@ -62,6 +62,8 @@ CASES: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "dense tp2": ("dense", TP2),
         "dense tp2 sp": ("dense", TP2 | SP),
         "dense pp2": ("dense", PP2),
+        "dense cp2": ("dense", CP2),
+        "moe cp2 ep2": ("moe", CP2 | EP2),
         "moe dp2": ("moe", {}),
         "moe ep2": ("moe", EP2),
         "moe tp2": ("moe", TP2),

@@ -208,8 +208,11 @@ def compare(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
         "worst": relative[worst],
         "name": worst,
         "largest": max((tensors[name] - value).abs().max().item() for name, value in reference.items()),
-        "weights": max(
-            ((found["weights"][name] - value).norm() / value.norm()).item() for name, value in wanted["weights"].items()
+        "weights": float(
+            np.linalg.norm(
+                [(found["weights"][name] - value).norm().item() for name, value in wanted["weights"].items()]
+            )
+            / np.linalg.norm([value.norm().item() for value in wanted["weights"].values()])
         ),
         "metrics": max(
             abs(found["metrics"][name] - value) / max(abs(value), 1e-3)

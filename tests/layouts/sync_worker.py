@@ -26,11 +26,11 @@ from safetensors.torch import save_file  # noqa: E402
 from megatron_pz.checkpoint.hf_import import load_hf_weights  # noqa: E402
 from megatron_pz.config.schema import Config, ParallelConfig  # noqa: E402
 from megatron_pz.models.folder import read_hf_config  # noqa: E402
-from megatron_pz.models.policy import build_policy  # noqa: E402
 from megatron_pz.sync.collective import make_stages  # noqa: E402
 from megatron_pz.sync.digests import server_digests  # noqa: E402
 from megatron_pz.sync.expected import check_export  # noqa: E402
 from megatron_pz.sync.export import iterate_hf_tensors  # noqa: E402
+from megatron_pz.train.model import build_model  # noqa: E402
 from megatron_pz.train.parallel import init_parallel, shutdown  # noqa: E402
 
 TP2, PP2, EP2 = ({f"{name}_model_parallel_size": 2} for name in ("tensor", "pipeline", "expert"))
@@ -39,6 +39,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 untied dp2 pp2": ("qwen3 untied", PP2),
     "qwen3_moe tp2 ep2 pp2": ("qwen3_moe", TP2 | EP2 | PP2 | {"sequence_parallel": True}),
     "qwen3_moe mixed ep2 pp2": ("qwen3_moe mixed", EP2 | PP2),
+    "smollm3 cp2 vpp2": ("smollm3", PP2 | {"context_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
+    "qwen3_moe tp2 sp etp2 ep2": (
+        "qwen3_moe",
+        TP2 | EP2 | {"sequence_parallel": True, "expert_tensor_parallel_size": 2},
+    ),
 }
 
 
@@ -47,7 +52,7 @@ def run(case: str, folder: Path) -> dict[str, Any]:
     config = Config(parallel=ParallelConfig(**layout))
     parallel = init_parallel(config.parallel, PLATFORM, seed=1)
     hf = read_hf_config(folder / name)
-    chunks = [build_policy(hf, config, PLATFORM, parallel.is_first_stage, parallel.is_last_stage)]
+    chunks = build_model(hf, config, PLATFORM, parallel)
     load_hf_weights(chunks, folder / name)
     check_export(chunks, parallel.control_group)
     stages = make_stages(parallel.pp_rank, parallel.control_group)
