@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_pz.checkpoint.manifest import check_manifest, fingerprint, write_manifest
 from megatron_pz.errors import CheckpointError, DiskError
-from megatron_pz.models.shards import unwrap
+from megatron_pz.models.shards import complete_weights, unwrap
 
 STATE = "run_state.json"
 SHARDS = "shards"
@@ -82,6 +82,7 @@ class CheckpointStore:
         final = self.folder / f"step_{step:06d}"
         partial = self.folder / f".tmp-{final.name}"
         self._on_rank0(lambda: self._prepare(partial, chunks), final, partial)
+        complete_weights(chunks)
         try:
             dist_checkpointing.save(_sharded(chunks, optimizer, is_loading=False), str(partial / SHARDS))
         except (

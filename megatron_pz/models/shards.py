@@ -59,6 +59,17 @@ def unwrap(chunk: torch.nn.Module) -> PolicyModel:
     return cast("PolicyModel", inner)
 
 
+def complete_weights(chunks: Sequence[torch.nn.Module]) -> None:
+    """Have every rank hold the weights of the last update, before they are read otherwise than by a training forward.
+
+    With `[ddp] overlap_param_gather` the distributed optimizer leaves each rank with its own part, and the rest comes along
+    with the next forward. Collective.
+    """
+    for chunk in chunks:
+        if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
+            cast("Any", chunk).start_param_sync(force_sync=True)
+
+
 def shards_of(chunks: Sequence[torch.nn.Module]) -> list[Shard]:
     """Every parameter of this rank's model chunks, in the model's order.
 

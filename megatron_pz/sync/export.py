@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_pz.errors import ModelError
 from megatron_pz.models.names import Experts
-from megatron_pz.models.shards import Shard, shards_of
+from megatron_pz.models.shards import Shard, complete_weights, shards_of
 
 
 def iterate_hf_tensors(
@@ -31,6 +31,7 @@ def iterate_hf_tensors(
     Raises:
         ModelError: the ranks together lack a piece of a tensor.
     """
+    complete_weights(chunks)
     shards = {shard.hf_names: shard for shard in shards_of(chunks) if shard.entry.is_exported}
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         for shard in shards.values():

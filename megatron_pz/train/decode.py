@@ -17,7 +17,7 @@ from megatron_pz.engine.embedded.cache import SharedPromptCache
 from megatron_pz.engine.embedded.engine import EmbeddedEngine
 from megatron_pz.engine.embedded.ranks import ProcessRanks
 from megatron_pz.errors import EngineError
-from megatron_pz.models.shards import unwrap
+from megatron_pz.models.shards import complete_weights, unwrap
 
 
 class PolicyDecoder:
@@ -52,9 +52,7 @@ class PolicyDecoder:
                 f"parallel.pipeline_model_parallel_size is {size}; the embedded engine samples from whole models, so it "
                 'must be 1, or set engine = "sglang".'
             )
-        for chunk in weights:
-            if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
-                chunk.start_param_sync(force_sync=True)  # else each rank has only its part of the update by now
+        complete_weights(weights)
         self.policy = policies[0]
 
     @contextmanager

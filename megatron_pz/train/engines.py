@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from megatron_pz.checkpoint.hf_export import export_hf
+from megatron_pz.config.rules import GAMES
 from megatron_pz.config.schema import Config
 from megatron_pz.engine.base import Engine
 from megatron_pz.engine.embedded.ranks import ProcessRanks
+from megatron_pz.engine.idle import IdleEngine
 from megatron_pz.engine.sglang.client import Client
 from megatron_pz.engine.sglang.control import Control
 from megatron_pz.engine.sglang.engine import SGLangEngine
@@ -58,6 +60,8 @@ def make_engine(
     Raises:
         EngineError: servers cannot be started or reached or serve another model, or the layout cannot sample.
     """
+    if config.task.task not in GAMES and not config.evaluate.eval_interval:
+        return IdleEngine()
     if config.engine.engine == "embedded":
         return embedded_engine(chunks, config.engine)
     ranks = ProcessRanks([parallel.rank])

@@ -6,6 +6,8 @@ torchrun has started; importing it chooses the CPU.
 
 from __future__ import annotations
 
+import gc
+import itertools
 import os
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,11 +20,10 @@ from megatron_pz.platform.select import select_platform
 
 PLATFORM = select_platform("cpu")
 
-from megatron.core import parallel_state  # noqa: E402  (the platform comes first)
 
 from megatron_pz.batch.schedule import plan_update  # noqa: E402
 from megatron_pz.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig  # noqa: E402
-from megatron_pz.models.shards import shards_of  # noqa: E402
+from megatron_pz.models.shards import complete_weights, shards_of  # noqa: E402
 from megatron_pz.train.deal import divisors  # noqa: E402
 from megatron_pz.train.model import build_model  # noqa: E402
 from megatron_pz.train.parallel import Parallel, init_parallel, shutdown  # noqa: E402
@@ -107,6 +108,26 @@ def samples(poisoned: bool = False, replayed: bool = False, layers: int = 2) -> 
     return made
 
 
+_STORES: list[dist.Store] = []
+_WORLDS = itertools.count()
+
+
+def connect() -> None:
+    """A new torch.distributed on torchrun's store.
+
+    Groups end when nothing holds them any more; after some ten layouts the threads of those that do not take all the time.
+    """
+    if dist.is_initialized() or "RANK" not in os.environ:
+        return
+    gc.collect()
+    if not _STORES:
+        _STORES.append(next(iter(dist.rendezvous("env://")))[0])
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(
+        "gloo", store=dist.PrefixStore(f"world {next(_WORLDS)}", _STORES[0]), rank=rank, world_size=size
+    )
+
+
 def build(case: Case) -> tuple[Parallel, Trainer, UpdatePlan]:
     config = Config(
         model=ModelConfig(init="random"),
@@ -123,6 +144,7 @@ def build(case: Case) -> tuple[Parallel, Trainer, UpdatePlan]:
         transformer=case.transformer,
         ddp=case.ddp,
     )
+    connect()
     parallel = init_parallel(config.parallel, PLATFORM, seed=1)
     trainer = Trainer(build_model(model_of(case), config, PLATFORM, parallel), config, PLATFORM, parallel)
     plan = plan_update(
@@ -147,9 +169,7 @@ def outcome(case: Case) -> dict[str, Any] | None:
         old_log_probs=[0.97 * values for values in scored] if case.rescored else None,
         ref_log_probs=[0.8 * values for values in scored] if case.rescored else None,
     )
-    if case.ddp.get("overlap_param_gather"):
-        for chunk in trainer.chunks:
-            chunk.start_param_sync(force_sync=True)
+    complete_weights(trainer.chunks)
     after = whole(trainer.chunks, "data")
     if case.updated:
         tensors = {name: after[name] - value for name, value in before.items()}
@@ -162,7 +182,7 @@ def outcome(case: Case) -> dict[str, Any] | None:
         scores |= {index: values[start:end][: lengths[index]] for start, end, index in bounds if index >= 0}
     everywhere: list[Any] = [None] * parallel.world_size
     dist.all_gather_object(everywhere, scores)
-    parallel_state.destroy_model_parallel()
+    shutdown()
     if not parallel.is_rank0:
         return None
     gathered = {index: values for part in everywhere for index, values in part.items()}

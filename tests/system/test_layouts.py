@@ -16,6 +16,7 @@ LAYOUTS = {
     "one process": (1, {}),
     "dp2": (2, {}),
     "tp2 sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "cp2": (2, {"context_parallel_size": 2}),
 }
 GROUPS = {"paragraphs_per_step": 4, "n_masks_per_paragraph": 6, "n_predictions_per_mask": 6}
 TOLERANCE = 1e-4  # relative, of loss and gradient norm in float32 after up to two updates
@@ -68,6 +69,26 @@ def test_its_export_is_the_policy_of_one_process(runs: dict[str, Path], name: st
     assert (
         max(float((here[key] - one[key]).abs().max()) for key in one) < 1e-3
     )  # Adam turns rounding of small gradients into steps
+
+
+@pytest.mark.timeout(600)
+def test_text_is_learned_in_interleaved_stages_as_in_one_process(tmp_path: Path) -> None:
+    corpus = write_text(tmp_path / "text.jsonl")
+    interleaved = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    for name, ranks, layout in (("one", 1, {}), ("interleaved", 2, interleaved)):
+        flags = {"task": "sft", "prompt_weight": 1.0, "max_tokens_per_micro_batch": 256, "export_hf": True}
+        done = launch(ranks, tmp_path / name, corpus, train_iters=3, **flags, **layout)
+        assert done.returncode == 0, done.stderr[-4000:]
+    one, here = (rows(tmp_path / name) for name in ("one", "interleaved"))
+    assert [row["step"] for row in here] == [row["step"] for row in one] == [1, 2, 3]
+    for wanted, found in zip(one, here, strict=True):
+        for key in ("loss", "grad_norm", "tokens/trained", "entropy"):
+            assert found[key] == pytest.approx(wanted[key], rel=TOLERANCE), (key, found["step"])
+    wanted, found = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "hf").state_dict() for name in ("one", "interleaved")
+    )
+    assert found.keys() == wanted.keys()
+    assert max(float((found[key] - value).abs().max()) for key, value in wanted.items()) < 1e-3
 
 
 def test_a_layout_that_does_not_divide_is_refused_once(tmp_path: Path) -> None:
