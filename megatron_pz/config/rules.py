@@ -110,6 +110,13 @@ def interleaved_stages_have_a_pipeline(config: Config, world_size: int) -> Itera
             "parallel.pipeline_model_parallel_size is 1; it cuts pipeline stages into pieces, so it needs 2 or more of them. "
             "Leave it out, or set --pipeline-model-parallel-size."
         )
+    group = config.transformer.get("microbatch_group_size_per_vp_stage", sizes.pipeline_model_parallel_size)
+    if isinstance(group, int) and group < sizes.pipeline_model_parallel_size:
+        yield (
+            f"transformer.microbatch_group_size_per_vp_stage is {group}, below parallel.pipeline_model_parallel_size "
+            f"{sizes.pipeline_model_parallel_size}; a piece takes at least one micro-batch for each stage before it is the next "
+            "piece's turn. Leave it out, or raise it."
+        )
 
 
 def numbers_are_finite(config: Config, world_size: int) -> Iterator[str]:

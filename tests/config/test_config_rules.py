@@ -64,6 +64,15 @@ def test_every_example_is_valid(path):
         ({"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2}, 2, r"Set it to true"),
         ({"context_parallel_size": 2}, 3, r"3 ranks.*1 x 1 x 2 = 2"),
         ({"virtual_pipeline_model_parallel_size": 2}, 2, r"virtual_pipeline_model_parallel_size is 2 while.*is 1"),
+        (
+            {
+                "pipeline_model_parallel_size": 4,
+                "engine": "sglang",
+                "transformer": {"microbatch_group_size_per_vp_stage": 2},
+            },
+            4,
+            r"microbatch_group_size_per_vp_stage is 2, below.* 4",
+        ),
     ],
 )
 def test_a_layout_that_does_not_fit_is_a_layout_error(fields, world_size, message):

@@ -5,7 +5,7 @@ torchrun --nproc-per-node N gradient_worker.py two|four OUT.json
 Each case takes down Megatron's groups and builds its own. Gradients are compared under Hugging Face's names, made whole
 by the mappings of the name table. Rank 0 writes, for each case: `grad` (relative error over all parameters), `worst`
 (of one parameter) and its name, `metrics` (largest relative difference of a metric), `score` (largest difference of a
-log-prob).
+log-prob), `weights` (relative, over all weights after the update). ONLY="cp2;tp2 sp" in the environment runs these alone.
 """
 
 from __future__ import annotations

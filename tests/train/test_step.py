@@ -8,7 +8,7 @@ import pytest
 from builders import sample
 
 from megatron_pz.config.schema import Config, EngineConfig, ModelConfig, TaskConfig, TrainConfig
-from megatron_pz.errors import NumericsError
+from megatron_pz.errors import LayoutError, NumericsError
 from megatron_pz.platform.select import select_platform
 
 PLATFORM = select_platform("cpu")  # before Megatron is imported
@@ -100,6 +100,12 @@ def scored(trainer, samples):
         replace(s, rollout_log_probs=(0.0, *log_probs_of(trainer, s.token_ids, trainer.temperature).tolist()))
         for s in samples
     ]
+
+
+def test_experts_under_tensor_parallelism_alone_are_refused_before_a_step(parallel, trainer):
+    one = trainer(hf_config=MOE)
+    with pytest.raises(LayoutError, match=r"size is 2 and sequence_parallel false.*Set it to true"):
+        Trainer(one.chunks, one.config, PLATFORM, replace(parallel, tp_size=2))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
