@@ -20,7 +20,7 @@ OF_TWO = [
     *("dp2", "dp2, sequence mean", "dp2, one bin for all, overlapped", "dp2, old and reference scored"),
     "dp2, importance masked",
     *("cp2", "cp2, one bin each, old and reference scored", "nope cp2", "moe cp2 ep2, replayed"),
-    *("moe cp2, auxiliary loss", "vpp2", "vpp2, one bin", "moe vpp2, replayed and recomputed"),
+    *("moe cp2, auxiliary loss", "vpp3", "vpp2, one bin", "moe vpp2, replayed and recomputed"),
     *("tp2", "tp2 sp", "pp2", "pp2, old and reference scored", "untied pp2"),
     *("moe dp2", "moe tp2 sp", "moe pp2", "moe ep2", "moe ep2, one bin each", "moe tp2 sp ep2"),
     *("moe dp2, replayed", "moe tp2 sp ep2, replayed", "moe pp2, replayed and recomputed"),
@@ -28,7 +28,7 @@ OF_TWO = [
 ]
 OF_FOUR = [
     *("tp2 pp2", "tp2 sp pp2", "tp2 dp2", "moe tp2 sp pp2 ep2"),
-    *("tp2 sp cp2", "cp2 vpp2, old and reference scored", "moe tp2 sp etp2 ep2"),
+    *("cp4", "pp4 vpp2", "tp2 sp cp2", "cp2 vpp2, old and reference scored", "moe tp2 sp etp2 ep2"),
 ]
 UPDATED = ["dp2, updated", "dp2, updated, overlapped", "moe ep2, updated"]
 UPDATED_OF_FOUR = ["moe dp4 ep2, updated", "vpp2 dp2, updated, overlapped", "cp2 dp2, updated"]
