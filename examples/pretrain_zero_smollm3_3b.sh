@@ -1,0 +1,25 @@
+#!/bin/bash
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+''':' # SmolLM3-3B on one node. Ways to start it and variables: launch.sh. Bash reads to the end, Python only its own half.
+set -euo pipefail
+self=${BASH_SOURCE[0]}
+if [[ -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]]; then # sbatch runs a copy
+    self=$(scontrol show job "$SLURM_JOB_ID" | grep -o 'Command=[^ ]*' | head -n 1 | cut -d= -f2)
+fi
+self=$(realpath "$self")
+source "$(dirname "$self")/launch.sh"
+: <<'# end of the Python half'
+'''
+import os
+import sys
+from pathlib import Path
+
+from megatron_pz.train.launch import main
+
+if __name__ == "__main__":
+    config = os.environ.get("CONFIG") or str(Path(__file__).parent / "pretrain_zero_smollm3_3b.toml")
+    sys.exit(main([config, *sys.argv[1:]]))
+# end of the Python half
