@@ -71,7 +71,8 @@ def main() -> None:
         ),
     )
     parallel = init_parallel(config.parallel, platform, config.train.seed)
-    chunks = build_model(read_hf_config(folder), config, platform, parallel)
+    hf_config = read_hf_config(folder)
+    chunks = build_model(hf_config, config, platform, parallel)
     load_hf_weights(chunks, folder)
     trainer = Trainer(chunks, config, platform, parallel)
     learner = Learner(trainer, config.train, Path("unused"), parallel.rank)
@@ -95,7 +96,7 @@ def main() -> None:
         generated = time.process_time()
         assert completions is not None
         samples = to_samples(grouped(completions, group))
-        result = learner.learn(deal(samples, config, parallel, step), step)
+        result = learner.learn(deal(samples, config, parallel, step, hf_config), step)
         spent.append((generated - start, time.process_time() - generated))
         checks = {
             "trained_tokens": int(result.metrics["tokens/trained"]),

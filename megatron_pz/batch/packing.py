@@ -5,13 +5,14 @@ T packed tokens, S sequences. Samples are named by their index in the step's lis
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from bisect import bisect_left, insort
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from megatron_pz.batch.context import row_multiple, sequence_multiple
-from megatron_pz.types import MicroBatch, Role, Sample
+from megatron_pz.types import MicroBatch, Role
 
 PADDING = -1
 """`MicroBatch.sample_indices` of a sequence that belongs to no sample."""
@@ -22,22 +23,25 @@ OWN_CHOICE = -1
 def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Bins of indices into `lengths`: each index once, each bin within `max_tokens` or of one index.
 
-    First-fit decreasing: the longest first, each into the first bin that has room. At most 11/9 of the fewest bins
-    possible, and one more. Ties go by index, so that equal lengths always pack alike.
+    Best-fit decreasing: the longest first, each into the bin with the least room that is enough. At most 11/9 of the
+    fewest bins possible, and one more. Ties go by index and by the age of bins, so that equal lengths always pack alike.
 
     >>> pack([4, 9, 2, 6, 3], 8)
     [[1], [3, 2], [0, 4]]
     """
     bins: list[list[int]] = []
-    room: list[int] = []
+    open_bins: list[tuple[int, int]] = []  # room and place of those that the shortest fits into, by room
+    shortest = min(lengths, default=0)
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        place = next((b for b, left in enumerate(room) if lengths[index] <= left), None)
-        if place is None:
-            bins.append([index])
-            room.append(max_tokens - lengths[index])
+        at = bisect_left(open_bins, (lengths[index], -1))
+        if at == len(open_bins):
+            room, place = max_tokens, len(bins)
+            bins.append([])
         else:
-            bins[place].append(index)
-            room[place] -= lengths[index]
+            room, place = open_bins.pop(at)
+        bins[place].append(index)
+        if room - lengths[index] >= shortest:
+            insort(open_bins, (room - lengths[index], place))
     return bins
 
 
@@ -51,9 +55,24 @@ def padded_length(length: int, context_size: int) -> int:
     return -(-length // multiple) * multiple
 
 
+class Packable(Protocol):
+    """What is packed: a `Sample`, or what a rank is dealt of one (`batch.hand.Dealt`)."""
+
+    @property
+    def token_ids(self) -> Sequence[int] | np.ndarray: ...
+    @property
+    def rollout_log_probs(self) -> Sequence[float] | np.ndarray: ...
+    @property
+    def advantage(self) -> float: ...
+    @property
+    def role(self) -> Role | None: ...
+    @property
+    def routed_experts(self) -> np.ndarray | None: ...
+
+
 def micro_batch(
-    samples: Sequence[Sample],
-    weights: Sequence[np.ndarray],
+    samples: Sequence[Packable] | Mapping[int, Packable],
+    weights: Sequence[np.ndarray] | Mapping[int, np.ndarray],
     indices: Sequence[int],
     *,
     align: int = 1,
@@ -65,8 +84,8 @@ def micro_batch(
     padding only, for a rank that has nothing to compute where others have.
 
     Args:
-        samples: of the step.
-        weights: for each sample, its tokens' scaled loss weights, float64.
+        samples: of the step, or of the rank, by index.
+        weights: for each sample, its tokens' scaled loss weights.
         indices: of the samples that are packed.
         align: divisor of each context-parallel rank's tokens; the tensor-parallel size under sequence parallelism.
         context_size: context-parallel ranks; with several, each sequence ends in padding that makes it divisible.
@@ -79,31 +98,32 @@ def micro_batch(
         lengths.append(padding)
     total = sum(lengths)
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-
-    def row(dtype: Any, parts: Iterable[Any]) -> np.ndarray:
-        """The parts at their sequences' places, zeros elsewhere."""
-        filled: np.ndarray = np.zeros(total, dtype)
-        for start, part in zip(starts, parts, strict=False):
-            filled[start : start + len(part)] = part
-        return filled
-
+    token_ids, labels, is_generator = np.zeros(total, np.int64), np.zeros(total, np.int64), np.zeros(total, np.bool_)
+    loss_weights, advantages, log_probs = (np.zeros(total, np.float32) for _ in range(3))
+    for start, index, sample in zip(starts.tolist(), indices, chosen, strict=False):
+        end = start + len(sample.token_ids)
+        predicted = slice(start, end - 1)
+        token_ids[start:end] = sample.token_ids
+        labels[predicted] = token_ids[start + 1 : end]
+        loss_weights[predicted] = weights[index][1:]
+        advantages[predicted] = sample.advantage
+        log_probs[predicted] = sample.rollout_log_probs[1:]
+        is_generator[predicted] = sample.role is Role.GENERATOR
     return MicroBatch(
-        token_ids=row(np.int64, [sample.token_ids for sample in chosen]),
+        token_ids=token_ids,
         position_ids=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
         cu_seqlens=starts,
-        labels=row(np.int64, [sample.token_ids[1:] for sample in chosen]),
-        loss_weights=row(np.float32, [weights[index][1:] for index in indices]),
-        advantages=row(np.float32, [[sample.advantage] * (len(sample.token_ids) - 1) for sample in chosen]),
-        rollout_log_probs=row(np.float32, [sample.rollout_log_probs[1:] for sample in chosen]),
-        is_generator=row(
-            np.bool_, [[sample.role is Role.GENERATOR] * (len(sample.token_ids) - 1) for sample in chosen]
-        ),
+        labels=labels,
+        loss_weights=loss_weights,
+        advantages=advantages,
+        rollout_log_probs=log_probs,
+        is_generator=is_generator,
         sample_indices=(*indices, *((PADDING,) if padding else ())),
         routed_experts=_experts(chosen, starts),
     )
 
 
-def _experts(chosen: Sequence[Sample], starts: np.ndarray) -> np.ndarray | None:
+def _experts(chosen: Sequence[Packable], starts: np.ndarray) -> np.ndarray | None:
     """int16 [T, layers, top_k] of the samples that begin at `starts`, -1 where nothing is known; None where no sample knows.
 
     Unlike labels these speak of the token at t: it is this token that goes through the experts.

@@ -189,7 +189,7 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
                     last=config.train.train_iters,
                     start=state,
                 ),
-                deal=lambda played, step: deal(played.samples if played else None, config, parallel, step),
+                deal=lambda played, step: deal(played.samples if played else None, config, parallel, step, hf_config),
                 learner=learner,
                 trainer=trainer,
                 engine=engine,

@@ -102,7 +102,7 @@ def _train(
         store.load(checkpoint, chunks, trainer.optimizer)
     learner = Learner(trainer, config.train, (export or run_dir).parent / "dumps", parallel.rank)
     for step, (samples, health) in zip(steps, rounds, strict=True):
-        update = learner.learn(deal(samples, config, parallel, step), step)
+        update = learner.learn(deal(samples, config, parallel, step, hf_config), step)
         if parallel.is_rank0:
             learned = {"loss": update.loss, "grad_norm": update.grad_norm, **update.metrics} if update.applied else {}
             tell(step, {**health, "lr": update.lr, **learned})

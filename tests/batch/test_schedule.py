@@ -6,8 +6,9 @@ from builders import sample
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_pz.batch.hand import dealt
 from megatron_pz.batch.packing import PADDING
-from megatron_pz.batch.schedule import plan_update, scaled_weights
+from megatron_pz.batch.schedule import plan_update, scales_of
 from megatron_pz.types import Role
 
 
@@ -26,6 +27,11 @@ def samples_of_a_step(draw, min_size=1):
         token += len(ids)
         made.append(sample(ids[:prompt], ids[prompt:], weight=weight, advantage=float(token)))
     return made
+
+
+def scaled_weights(samples, loss_aggregation):
+    scales, num_tokens = scales_of(samples, loss_aggregation)
+    return [dealt(one, scale).loss_weights for one, scale in zip(samples, scales, strict=True)], num_tokens
 
 
 plans = st.fixed_dictionaries(
