@@ -158,7 +158,7 @@ def main() -> None:
     text = (
         "# Packing: waste, balance, time\n\n"
         f"{record['date']}, {record['cpu']}. Log-normal lengths of 200 to 5600 tokens, work of Qwen3-30B-A3B. Means over "
-        f"{arguments.seeds} draws (100 000 samples and few samples: one); imbalance, waiting, worst and seconds are the largest of them.\n"
+        f"{arguments.seeds} draws (100 000 and few samples: one), of the last four the largest.\n"
         "In brackets: what no packing of these lengths can be below. Waiting: most over mean work in each micro-batch, over "
         "the update. Worst: of a single micro-batch; it weighs one in that many.\n\n"
         f"{table}\n## Everything that is done for an update\n\n{told}"

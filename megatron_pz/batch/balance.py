@@ -88,6 +88,7 @@ def share_out(
         for indices, rank in zip(row, sorted(range(dp_size), key=totals.__getitem__), strict=True):
             ranks[rank].append(indices)
             totals[rank] += _sum(work, indices)
+    _level_ranks(ranks, lengths, work, max_tokens)
     return ranks
 
 
@@ -198,34 +199,52 @@ def _level(row: Bins, lengths: Sequence[int], work: Sequence[float], max_tokens:
             gap = totals[high] - totals[low]
             if gap <= LEVEL * mean:
                 return
-            room = [max_tokens - _sum(lengths, row[place]) for place in (high, low)]
-            if swap := _swap(row[high], row[low], gap, room, lengths, work):
+            if _exchange(row[high], row[low], gap, lengths, work, max_tokens):
                 break
         else:
             return
-        row[high] = [index for index in row[high] if index not in swap[0]] + swap[1]
-        row[low] = [index for index in row[low] if index not in swap[1]] + swap[0]
         totals[high], totals[low] = _sum(work, row[high]), _sum(work, row[low])
 
 
-def _swap(
-    high: Sequence[int],
-    low: Sequence[int],
-    gap: float,
-    room: Sequence[float],
-    lengths: Sequence[int],
-    work: Sequence[float],
-) -> tuple[list[int], list[int]] | None:
-    """The sample that the costlier bin gives, and the one that it takes in turn or none, so that half of `gap` moves as
-    nearly as can be; None where nothing brings the two closer."""
-    best: tuple[list[int], list[int]] | None = None
+def _level_ranks(ranks: Sequence[Bins], lengths: Sequence[int], work: Sequence[float], max_tokens: int) -> None:
+    """The same for whole ranks, by their i-th micro-batches, smallest first: where a sample is as long as all else that
+    fits a micro-batch, equal ones are not enough."""
+    totals = [sum(_sum(work, indices) for indices in bins) for bins in ranks]
+    mean = sum(totals) / len(ranks)
+    for _ in range(8 * len(lengths)):
+        high, low = max(range(len(ranks)), key=totals.__getitem__), min(range(len(ranks)), key=totals.__getitem__)
+        gap = totals[high] - totals[low]
+        if gap <= LEVEL * mean:
+            return
+        pairs = zip(reversed(ranks[high]), reversed(ranks[low]), strict=True)
+        if not any(_exchange(more, less, gap, lengths, work, max_tokens) for more, less in pairs):
+            return
+        totals[high], totals[low] = (sum(_sum(work, indices) for indices in ranks[rank]) for rank in (high, low))
+
+
+def _exchange(
+    high: list[int], low: list[int], gap: float, lengths: Sequence[int], work: Sequence[float], max_tokens: int
+) -> bool:
+    """Whether a sample of `high` went to `low`, perhaps for another, and brought what is `gap` apart closer: the one by
+    which half of `gap` moves as nearly as can be."""
+    best: tuple[int, int | None] | None = None
     nearest = 0.49 * gap  # no less than a fiftieth of the gap, so that it comes to an end
+    room = [max_tokens - _sum(lengths, indices) for indices in (high, low)]
     for given in high:
-        for taken in ([], *([index] for index in low)):
-            off = abs(work[given] - _sum(work, taken) - gap / 2)
-            if off < nearest and -room[0] <= lengths[given] - _sum(lengths, taken) <= room[1]:
-                best, nearest = ([given], taken), off
-    return best
+        for taken in (None, *low):
+            off = abs(work[given] - (0.0 if taken is None else work[taken]) - gap / 2)
+            longer = lengths[given] - (0 if taken is None else lengths[taken])
+            if off < nearest and -room[0] <= longer <= room[1]:
+                best, nearest = (given, taken), off
+    if best is None:
+        return False
+    given, taken = best
+    high.remove(given)
+    low.append(given)
+    if taken is not None:
+        low.remove(taken)
+        high.append(taken)
+    return True
 
 
 def _sum(values: Sequence[float], indices: Sequence[int]) -> float:
