@@ -43,6 +43,7 @@ from megatron_pz.tasks.ask import Asker
 from megatron_pz.tasks.base import Task
 from megatron_pz.tasks.registry import make_task
 from megatron_pz.tasks.stragglers import Stragglers, num_begun
+from megatron_pz.train.collector import spare_collector
 from megatron_pz.train.deal import deal
 from megatron_pz.train.engines import make_engine
 from megatron_pz.train.journal import RunJournal, SilentJournal, describe_run, hashes
@@ -202,6 +203,7 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
                 tell=console.message,
                 timers=timers,
             )
+            spare_collector()
             try:
                 state = run(parts, config, state)
             finally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from megatron_pz.config.schema import Config
 from megatron_pz.errors import DiskError, NumericsError
+from megatron_pz.train.collector import collect
 from megatron_pz.train.parts import Parts
 from megatron_pz.train.state import RunState
 
@@ -60,6 +61,7 @@ def run(parts: Parts, config: Config, state: RunState) -> RunState:
         if stop or is_due(step, config.checkpoint.save_interval, last):
             with timers("checkpoint"):
                 parts.save(state)
+        collect()
         if stop:
             parts.tell(f"stopped by {stop} after step {step}; the same command goes on from there")
             break
