@@ -157,7 +157,7 @@ def run_schedule(
         return output, partial(objective, batch)
 
     lengths = [batch.num_tokens for batch in micro_batches]
-    return get_forward_backward_func()(
+    collected: list[Any] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[batches(chunk) for chunk in chunks] if len(chunks) > 1 else batches(chunks[0]),
         model=list(chunks),
@@ -167,6 +167,11 @@ def run_schedule(
         forward_only=forward_only,
         **(interleaved(chunks[0].config, lengths, platform.device) if len(chunks) > 1 else {}),
     )
+    for chunk in chunks:
+        unwrap(chunk).decoder.set_input_tensor(
+            None
+        )  # else the last micro-batch's, and its gradient, stay till the next
+    return collected
 
 
 def whole_rows(shares: Sequence[np.ndarray], micro_batches: Sequence[MicroBatch]) -> list[np.ndarray]:
