@@ -36,6 +36,8 @@ class Paragraph:
     text: str
     title: str = ""
     source: str = ""
+    # nats, one a token of the text, under the policy that begins to play; None where the game does not ask for them
+    token_entropies: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from megatron_pz.config.schema import Config
 from megatron_pz.config.tables import PASS_THROUGH, SECTIONS, section_of
 from megatron_pz.errors import ConfigError, LayoutError
 
-GAMES = ("pretrain_zero", "random_span")
+GAMES = ("pretrain_zero", "random_span", "random_ntp", "entropy_ntp")
 """Tasks that generate; the others train on text as it is."""
 
 POSITIVE = {
@@ -38,7 +38,14 @@ POSITIVE = {
 
 NOT_NEGATIVE = {
     "parallel": ["expert_tensor_parallel_size"],
-    "task": ["generator_weight", "predictor_weight", "advantage_eps", "answer_weight", "prompt_weight"],
+    "task": [
+        "generator_weight",
+        "predictor_weight",
+        "advantage_eps",
+        "answer_weight",
+        "prompt_weight",
+        "warm_up_task_steps",
+    ],
     "engine": ["async_steps", "over_sampling"],
     "sglang": ["gpus_per_server", "server_port"],
     "train": ["seed", "lr", "min_lr", "lr_warmup_iters", "lr_decay_iters", "weight_decay", "clip_grad", "kl_coef"],
@@ -203,10 +210,34 @@ def roles_are_trained(config: Config, world_size: int) -> Iterator[str]:
         )
     if task.task == "pretrain_zero" and task.generator_weight == 0 and task.predictor_weight == 0:
         yield "task.generator_weight and task.predictor_weight are both 0: nothing would be trained. Raise one."
-    if task.task == "random_span" and task.predictor_weight == 0:
-        yield "task.predictor_weight is 0 under random_span, which trains predictions only. Raise it."
+    if task.task in GAMES and task.task != "pretrain_zero" and task.predictor_weight == 0:
+        yield f"task.predictor_weight is 0 under {task.task}, which trains predictions only. Raise it."
     if task.task == "sft" and task.answer_weight == 0 and task.prompt_weight == 0:
         yield "task.answer_weight and task.prompt_weight are both 0: nothing would be trained. Raise one."
+
+
+def tasks_follow_each_other(config: Config, world_size: int) -> Iterator[str]:
+    task = config.task
+    if bool(task.warm_up_task) != (task.warm_up_task_steps > 0):
+        yield (
+            f"task.warm_up_task is {task.warm_up_task!r} and task.warm_up_task_steps {task.warm_up_task_steps}; a game that comes "
+            "first needs a name and a number of steps. Set both or neither."
+        )
+    if task.warm_up_task and task.task not in GAMES:
+        yield (
+            f"task.warm_up_task is {task.warm_up_task!r} before task.task {task.task!r}, which is no game: it is learned by another "
+            "loss. Run them one after the other, with --load."
+        )
+    if task.warm_up_task and task.update == "alternate":
+        yield "task.update is 'alternate' with a task.warm_up_task, whose steps would train nothing. Use --update joint."
+    if "entropy_ntp" in (task.task, task.warm_up_task):
+        if not 0 < task.entropy_share <= 1:
+            yield f"task.entropy_share is {task.entropy_share}; it must be above 0 and at most 1, e.g. 0.2."
+        if config.engine.stragglers == "continue":
+            yield (
+                "engine.stragglers is 'continue' under entropy_ntp, whose questions depend on the weights of the step that asks "
+                "them: a resumed run could not ask the same. Use 'wait' or 'cut'."
+            )
 
 
 def sampling_is_possible(config: Config, world_size: int) -> Iterator[str]:
@@ -313,6 +344,7 @@ RULES: tuple[Rule, ...] = (
     groups_can_differ,
     masks_are_possible,
     roles_are_trained,
+    tasks_follow_each_other,
     sampling_is_possible,
     servers_are_named_or_started,
     learning_rate_falls,

@@ -63,12 +63,17 @@ class CorpusConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    task: Literal["pretrain_zero", "random_span", "continue_pt", "sft"] = "pretrain_zero"
-    """What is played: PretrainZero, its random-span baseline, next-token training, or supervised training on both formats."""
+    task: Literal["pretrain_zero", "random_span", "random_ntp", "entropy_ntp", "continue_pt", "sft"] = "pretrain_zero"
+    """What is played: PretrainZero, its baselines with random spans, random next tokens or next tokens of high entropy, next-token
+    training, or supervised training on both formats."""
+    warm_up_task: Literal["", "pretrain_zero", "random_span", "random_ntp", "entropy_ntp"] = ""
+    """Game of the first `warm_up_task_steps` steps, before `task`; empty: none."""
+    warm_up_task_steps: int = 0
+    """Steps of `warm_up_task`; the paper gives SmolLM3 100 of `random_span`."""
     paragraphs_per_step: int = 32
     """Paragraphs drawn each step."""
     n_masks_per_paragraph: int = 8
-    """Mask rollouts a paragraph (one generator group). `random_span`: random masks a paragraph."""
+    """Mask rollouts a paragraph (one generator group). `random_span`: random masks a paragraph; `*_ntp`: tokens asked about."""
     n_predictions_per_mask: int = 8
     """Prediction rollouts a mask (one predictor group)."""
     mask_validity: Literal["default", "one_mask", "whole_words"] = "default"
@@ -101,6 +106,8 @@ class TaskConfig:
     """`random_span` and fixed masks: parameter of the geometric law of span length in words."""
     span_max_words: int = 10
     """`random_span` and fixed masks: longest span in words."""
+    entropy_share: float = 0.2
+    """`entropy_ntp`: share of a paragraph's tokens, those of the highest entropy, that questions are drawn from."""
 
 
 @dataclass(frozen=True)

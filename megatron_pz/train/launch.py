@@ -42,10 +42,12 @@ from megatron_pz.report.writers import RunWriter
 from megatron_pz.tasks.ask import Asker
 from megatron_pz.tasks.base import Task
 from megatron_pz.tasks.registry import make_task
+from megatron_pz.tasks.schedule import task_at
 from megatron_pz.tasks.stragglers import Stragglers, num_begun
 from megatron_pz.train.collector import spare_collector
 from megatron_pz.train.deal import deal
 from megatron_pz.train.engines import make_engine
+from megatron_pz.train.entropies import with_entropies
 from megatron_pz.train.journal import RunJournal, SilentJournal, describe_run, hashes
 from megatron_pz.train.learn import Learner
 from megatron_pz.train.loop import run
@@ -159,6 +161,11 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
             if state.step:
                 console.message(f"continuing after step {state.step}")
         per_step = config.task.paragraphs_per_step
+
+        def study(step: int, begun: Sequence[Paragraph]) -> Sequence[Paragraph]:
+            is_due = task_at(config.task, step) == "entropy_ntp"
+            return with_entropies(begun, tokenizer, trainer, config) if is_due else begun
+
         player: Player = (
             GamePlayer(
                 task,
@@ -166,6 +173,7 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
                 config.task,
                 Stragglers(task, config.engine, per_step, config.train.seed, record.taken, record.note_taken),
                 record.keep,
+                study,
             )
             if isinstance(task, Task)
             else TextPlayer(task, parallel.is_rank0, config.train.seed)

@@ -130,17 +130,24 @@ class GamePlayer:
     Args:
         rounds: decides which paragraphs a round ends with.
         keep: what is put between the game and the engine in the round of a step.
+        study: what the trainer has to say of the paragraphs that a step begins; all ranks.
     """
 
     def __init__(
-        self, task: Task, engine: Engine, config: TaskConfig, rounds: Stragglers, keep: Keep | None = None
+        self,
+        task: Task,
+        engine: Engine,
+        config: TaskConfig,
+        rounds: Stragglers,
+        keep: Keep | None = None,
+        study: Callable[[int, Sequence[Paragraph]], Sequence[Paragraph]] = lambda step, paragraphs: paragraphs,
     ) -> None:
-        self.task, self.engine, self.config, self.rounds = task, engine, config, rounds
+        self.task, self.engine, self.config, self.rounds, self.study = task, engine, config, rounds, study
         self.keep = keep or (lambda generate, step, version: generate)
 
     def begin(self, step: int, paragraphs: Sequence[Paragraph], version: int) -> Begun:
-        generate = self.keep(self.engine.generate, step, version)
-        return BegunGame(self, step, self.engine.begin(lambda: self.rounds.play(step, paragraphs, generate)))
+        generate, studied = self.keep(self.engine.generate, step, version), self.study(step, paragraphs)
+        return BegunGame(self, step, self.engine.begin(lambda: self.rounds.play(step, studied, generate)))
 
     def resume(self, left: Sequence[tuple[Place, Paragraph]]) -> None:
         keep, version = self.keep, self.engine.version

@@ -33,6 +33,9 @@ SUMS = (
 )
 """What micro-batches add to a step's metrics, see `train.loss`; `broken` counts those whose loss is not finite."""
 
+_LOG_PROBS, _ENTROPIES = 0, 1
+"""Rows of the model's output."""
+
 
 class Trainer:
     """The policy and its optimizer.
@@ -143,9 +146,18 @@ class Trainer:
             micro_batches: of this rank's `dp_rank`.
             replays_routing: under `train.routing_replay`, on the experts that the micro-batches name, as `step`.
         """
+        return self._forward(micro_batches, _LOG_PROBS, replays_routing)
+
+    @torch.no_grad()
+    def entropies(self, micro_batches: Sequence[MicroBatch]) -> list[np.ndarray]:
+        """Entropies of the distributions that trained tokens are drawn from, in nats; as `score`, routers choose."""
+        return self._forward(micro_batches, _ENTROPIES, replays_routing=False)
+
+    def _forward(self, micro_batches: Sequence[MicroBatch], row: int, replays_routing: bool) -> list[np.ndarray]:
+        """A row of the model's output for each micro-batch."""
 
         def keep(batch: DeviceBatch, output: Tensor) -> tuple[Tensor, Tensor, np.ndarray]:
-            return output.sum(), _count(batch.weights), output[0].cpu().numpy()
+            return output.sum(), _count(batch.weights), output[row].cpu().numpy()
 
         if not micro_batches:
             return []

@@ -135,6 +135,22 @@ def test_a_layout_that_fits_passes(fields, world_size):
         ({"task": "random_span", "update": "alternate"}, r"'alternate' while task\.task is 'random_span'"),
         ({"generator_weight": 0.0, "predictor_weight": 0.0}, r"both 0: nothing would be trained"),
         ({"task": "random_span", "predictor_weight": 0.0}, r"predictor_weight is 0 under random_span"),
+        ({"task": "random_ntp", "predictor_weight": 0.0}, r"predictor_weight is 0 under random_ntp"),
+        ({"warm_up_task": "random_span"}, r"warm_up_task is 'random_span' and task\.warm_up_task_steps 0"),
+        ({"warm_up_task_steps": 5}, r"warm_up_task is '' and task\.warm_up_task_steps 5"),
+        (
+            {"warm_up_task": "random_span", "warm_up_task_steps": 5, "task": "sft"},
+            r"'random_span' before task\.task 'sft', which is no game",
+        ),
+        (
+            {"warm_up_task": "random_span", "warm_up_task_steps": 5, "update": "alternate"},
+            r"'alternate' with a task\.warm_up_task",
+        ),
+        ({"task": "entropy_ntp", "entropy_share": 0.0}, r"entropy_share is 0\.0; it must be above 0"),
+        (
+            {"task": "entropy_ntp", "engine": "sglang", "stragglers": "continue", "over_sampling": 0.5},
+            r"'continue' under entropy_ntp",
+        ),
         ({"task": "sft", "answer_weight": 0.0}, r"answer_weight and task\.prompt_weight are both 0"),
         ({"optimizer": {"lr": 1e-3}}, r"optimizer\.lr is set twice over.*train\.lr"),
     ],

@@ -6,6 +6,7 @@ import pytest
 from builders import PLAIN, ByteTokenizer
 
 from megatron_pz.config.schema import EngineConfig, TaskConfig
+from megatron_pz.tasks.next_token import NextToken
 from megatron_pz.tasks.pretrain_zero import PretrainZero
 from megatron_pz.tasks.random_span import RandomSpan
 from megatron_pz.tasks.registry import make_task
@@ -14,6 +15,8 @@ from megatron_pz.tasks.supervised import ContinuePretraining, SupervisedFormats
 TASKS = {
     "pretrain_zero": PretrainZero,
     "random_span": RandomSpan,
+    "random_ntp": NextToken,
+    "entropy_ntp": NextToken,
     "continue_pt": ContinuePretraining,
     "sft": SupervisedFormats,
 }
@@ -30,7 +33,13 @@ def test_every_task_of_the_settings_is_made():
 
 @pytest.mark.parametrize(
     ("name", "prompt"),
-    [("pretrain_zero", "<gen>ab"), ("random_span", "<pred>ab"), ("sft", "<gen>ab"), ("continue_pt", "")],
+    [
+        ("pretrain_zero", "<gen>ab"),
+        ("random_span", "<pred>ab"),
+        ("random_ntp", "<pred>ab"),
+        ("sft", "<gen>ab"),
+        ("continue_pt", ""),
+    ],
 )
 def test_the_first_prompt_about_a_text_can_be_measured(name, prompt):
     task = make_task(TaskConfig(task=name), EngineConfig(), ByteTokenizer(), PLAIN)
