@@ -47,6 +47,8 @@ EXTRAS = {
     "corpus": ["mwparserfromhell>=0.6.6,<0.8", "pyarrow>=18"],
     # tools/evaluate.py and rule-verified rewards: grading of mathematics, Parquet.
     "evaluate": ["math-verify[antlr4_13_2]>=0.8,<0.10", "pyarrow>=18"],
+    # The figures of tools/compare.py.
+    "plots": ["matplotlib>=3.9"],
     "wandb": ["wandb>=0.19"],
     # The kernels, as a wheel. Their torch binding is a source package that a CUDA machine must build:
     # pip install --no-build-isolation "transformer-engine[pytorch]".
@@ -57,7 +59,7 @@ EXTRAS = {
     "bench": ["trl>=1.16,<2", "datasets>=4"],
 }
 
-EXTRAS["dev"] += EXTRAS["corpus"] + EXTRAS["evaluate"]
+EXTRAS["dev"] += EXTRAS["corpus"] + EXTRAS["evaluate"] + EXTRAS["plots"]
 
 setup(
     name="megatron_pz",

@@ -200,7 +200,8 @@ FROZEN_FLAGS = """
 --pipeline-model-parallel-size --virtual-pipeline-model-parallel-size --expert-model-parallel-size
 --expert-tensor-parallel-size --context-parallel-size --sequence-parallel --use-distributed-optimizer
 --data-path --held-out-path --min-paragraph-tokens
---max-paragraph-tokens --skip-bad-lines --task --warm-up-task --warm-up-task-steps --paragraphs-per-step --n-masks-per-paragraph --n-predictions-per-mask
+--max-paragraph-tokens --skip-bad-lines --task --warm-up-task --warm-up-task-steps
+--paragraphs-per-step --n-masks-per-paragraph --n-predictions-per-mask
 --mask-validity --max-occurrences --max-mask-fraction --match --update --template-dir --prompt-style
 --max-prompt-tokens --generator-weight --predictor-weight --advantage-eps --answer-weight --prompt-weight --span-p
 --span-max-words --entropy-share --engine --max-response-tokens --temperature --top-p --max-running-requests --async-steps

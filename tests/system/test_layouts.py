@@ -97,3 +97,14 @@ def test_a_layout_that_does_not_divide_is_refused_once(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert done.stderr.count("LayoutError: ") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.timeout(600)
+def test_by_entropy_several_ranks_ask_what_one_process_asks(tmp_path: Path) -> None:
+    corpus, asked = write_text(tmp_path / "text.jsonl"), []
+    for name, ranks, layout in (("one", 1, {}), ("dp2 cp2", 4, {"context_parallel_size": 2})):
+        done = launch(ranks, tmp_path / name, corpus, train_iters=1, task="entropy_ntp", **layout)
+        assert done.returncode == 0, done.stderr[-4000:]
+        lines = (tmp_path / name / "rollouts.jsonl").read_text().splitlines()
+        asked.append([(row["mask_id"], row["prompt"], row["response"]) for row in map(json.loads, lines)])
+    assert asked[0] == asked[1] and len(asked[0]) == 2 * 4 * 4

@@ -1,0 +1,60 @@
+"""tools/compare.py: real small runs, one table and one figure."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from demo_runs import ROOT, rows, write_text
+
+PLAN = """
+base = "{root}/examples/demo.toml"
+seeds = [1]
+reference = "control"
+[variants.pretrain_zero]
+[variants.control]
+lr = 0.0
+"""
+SMALL = "--train-iters 2 --paragraphs-per-step 2 --n-masks-per-paragraph 4 --n-predictions-per-mask 4 --eval-interval 1"
+QUIET = "--num-fixed-masks 4 --save-interval 0 --no-export-hf --no-tensorboard --no-write-page --show-rollouts 0"
+
+
+def compare(folder, plan, *more):
+    corpus = write_text(folder / "text.jsonl")
+    (folder / "plan.toml").write_text(plan.format(root=ROOT), encoding="utf-8")
+    flags = [*SMALL.split(), *QUIET.split(), "--data-path", str(corpus), "--held-out-path", str(corpus), *more]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "compare.py"),
+        str(folder / "plan.toml"),
+        "--out",
+        str(folder / "out"),
+    ]
+    return subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.timeout(300)
+def test_variants_are_run_from_one_policy_and_put_into_one_table(tmp_path):
+    done = compare(tmp_path, PLAN)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    table = (out / "comparison.md").read_text(encoding="utf-8")
+    assert done.stdout.endswith(table) and table.count("| control | 1 |") == 2  # fixed masks and held out
+    record = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
+    first, control = record["fixed_masks"]["rows"]
+    assert first["before"] == control["before"] == control["after"]  # the same policy, and one that learns nothing
+    assert {row["lr"] for row in rows(out / "control" / "seed_1") if "lr" in row} == {0.0}
+    assert (out / "fixed_masks.svg").is_file() and (out / "held_out.svg").is_file()
+
+    before = (out / "comparison.json").read_bytes()
+    assert compare(tmp_path, PLAN, "--no-run").returncode == 0
+    assert (out / "comparison.json").read_bytes() == before
+
+
+def test_a_slip_in_any_variant_is_told_before_the_first_run(tmp_path):
+    done = compare(tmp_path, PLAN + "lrr = 1\n")
+    assert done.returncode == 2 and "--lrr" in done.stderr and not (tmp_path / "out").exists()
+    done = compare(tmp_path, PLAN.replace('"control"', '"other"'))
+    assert done.returncode == 2 and "reference is 'other'; it must be one of pretrain_zero, control" in done.stderr
+    done = compare(tmp_path, PLAN.replace("seeds", "seed"))
+    assert done.returncode == 2 and "unknown key 'seed'" in done.stderr

@@ -1,0 +1,146 @@
+"""Variants of one run beside each other: same policy, same questions, same number of tokens; one table and one figure.
+
+    python tools/compare.py COMPARISON.toml --out DIR [--flag value ...]
+
+    base = "demo.toml"                 # a run's settings, seen from this file
+    seeds = [0, 1, 2]
+    reference = "control"              # gains are measured against it
+    launch = "torchrun --nproc-per-node 8"      # optional; one process without it
+    [variants.pretrain_zero]           # settings by their names; flags given on the command line are for all
+    [variants.random_span]
+    task = "random_span"
+    [variants.control]
+    lr = 0.0
+    min_lr = 0.0
+
+Runs lie in DIR/VARIANT/seed_N and go on where they stopped if the command is given again; DIR/comparison.md, comparison.json and one
+figure a set of questions are written after each. --no-run writes them from what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_pz.config.load import load_config
+from megatron_pz.errors import ConfigError, MegatronPZError, ReportError
+from megatron_pz.report.comparison import Run, budget, compare, markdown, read_run
+from megatron_pz.report.figure import draw
+
+ROOT = Path(__file__).resolve().parents[1]
+SETS = ("fixed_masks", "held_out")
+KEYS = {"base", "seeds", "reference", "launch", "variants"}
+
+
+def main(argv: Sequence[str]) -> int:
+    """See the module; 0 when every run is done, 1 after one that failed, 2 after an error that a user can mend."""
+    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
+    parser.add_argument("comparison", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--no-run", action="store_true", help="write table and figures from the runs that are there")
+    own, flags = parser.parse_known_args(list(argv))
+    try:
+        plan = read_plan(own.comparison)
+        base = own.comparison.parent / plan["base"]
+        runs = [
+            (variant, seed, own.out / variant / f"seed_{seed}")
+            for seed in plan["seeds"]
+            for variant in plan["variants"]
+        ]
+        commands = {folder: _command(base, plan, variant, seed, folder, flags) for variant, seed, folder in runs}
+        for command in commands.values():
+            load_config(command)  # a slip in the last variant is told before the first one has run
+        for place, (variant, seed, folder) in enumerate(runs, 1):
+            if not own.no_run:
+                sys.stdout.write(f"run {place} of {len(runs)}: {variant}, seed {seed}, in {folder}\n")
+                sys.stdout.flush()
+                launch = [*shlex.split(plan["launch"]), "-m", "megatron_pz", *commands[folder]]
+                if subprocess.run(launch, check=False).returncode:
+                    sys.stderr.write(f"{variant}, seed {seed}, failed: {shlex.join(launch)}\n")
+                    return 1
+            done = runs if own.no_run else runs[:place]
+            table = report(done, plan["reference"], own.out)
+            if own.no_run:
+                break
+        sys.stdout.write(table)
+    except MegatronPZError as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return 2
+    return 0
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """The comparison in the TOML file at `path`, defaults filled in.
+
+    Raises:
+        ConfigError: it is missing, not TOML, or lacks a key.
+    """
+    try:
+        plan = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as TOML: {error}. examples/comparisons/demo.toml is one.") from error
+    if unknown := sorted(plan.keys() - KEYS):
+        raise ConfigError(f"{path}: unknown key {unknown[0]!r}; known are {', '.join(sorted(KEYS))}.")
+    variants = plan.get("variants") or {}
+    if not variants or not isinstance(plan.get("base"), str):
+        raise ConfigError(f'{path} needs base = "run.toml" and at least one table [variants.NAME].')
+    reference = plan.setdefault("reference", next(iter(variants)))
+    if reference not in variants:
+        raise ConfigError(f"{path}: reference is {reference!r}; it must be one of {', '.join(variants)}.")
+    plan.setdefault("seeds", [1234])
+    plan.setdefault("launch", shlex.quote(sys.executable))
+    return plan
+
+
+def report(runs: Sequence[tuple[str, int, Path]], reference: str, out: Path) -> str:
+    """Write `comparison.md`, `comparison.json` and the figures into `out`; the text of the first."""
+    parts, record = [], {}
+    for questions in SETS:
+        try:
+            found = [read_run(variant, seed, folder, questions) for variant, seed, folder in runs]
+        except ReportError:
+            if questions == SETS[0]:
+                raise
+            continue
+        spent = budget(found)
+        rows = compare(found, reference if reference in {run.variant for run in found} else found[0].variant, questions)
+        parts.append(markdown(rows, spent, questions))
+        record[questions] = {
+            "budget_tokens": spent,
+            "rows": [dataclasses.asdict(row) for row in rows],
+            "runs": [_described(run) for run in found],
+        }
+        draw(found, spent, out / f"{questions}.svg", questions.replace("_", " "))
+    text = "\n".join(parts)
+    for name, content in (("comparison.md", text), ("comparison.json", json.dumps(record, indent=1) + "\n")):
+        partial = out / f".tmp-{name}"
+        partial.write_text(content, encoding="utf-8")
+        partial.rename(out / name)
+    return text
+
+
+def _described(run: Run) -> dict[str, Any]:
+    return {"variant": run.variant, "seed": run.seed, "points": [dataclasses.asdict(point) for point in run.points]}
+
+
+def _command(
+    base: Path, plan: Mapping[str, Any], variant: str, seed: int, folder: Path, flags: Sequence[str]
+) -> list[str]:
+    """Arguments of a run."""
+    own: list[str] = []
+    for name, value in plan["variants"][variant].items():
+        flag = name.replace("_", "-")
+        own += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return [str(base), *flags, *own, "--seed", str(seed), "--run-dir", str(folder)]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
