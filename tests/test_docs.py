@@ -1,0 +1,61 @@
+"""What the documents point at is there: files, headings, functions, tools."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+_LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
+_CODE = re.compile(r"```.*?```", re.DOTALL)
+_FUNCTION = re.compile(r"`([\w/]+\.py):(\w+)`")
+
+
+def tracked(*patterns):
+    listed = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=True)
+    return listed.stdout.splitlines()
+
+
+DOCUMENTS = tracked("*.md")
+
+
+def anchor(heading):
+    """GitHub's name of a heading."""
+    words = re.sub(r"[^\w\- ]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading.strip().lower()))
+    return words.replace(" ", "-")
+
+
+def headings(text):
+    return {anchor(line.lstrip("#")) for line in _CODE.sub("", text).splitlines() if line.startswith("#")}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for match in _LINK.finditer(_CODE.sub("", text)):
+        target = match[1] or match[2]
+        if re.match(r"[a-z]+:", target):
+            assert target.startswith("https://"), f"{name}: {target} is no https link"
+            continue
+        path, _, place = target.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.exists(), f"{name} links to {target}, which is not there"
+        if place and file.suffix == ".md":
+            assert place in headings(file.read_text(encoding="utf-8")), f"{name}: {target} is no heading there"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_functions_that_are_named_with_their_file_are_in_it(name):
+    for file, function in _FUNCTION.findall((ROOT / name).read_text(encoding="utf-8")):
+        code = (ROOT / "megatron_pz" / file).read_text(encoding="utf-8")
+        assert re.search(rf"^\s*(?:async )?(?:def|class) {function}\b", code, re.MULTILINE), (
+            f"{name}: {file}:{function}"
+        )
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_tools_and_scripts_that_a_command_names_are_there(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for script in re.findall(r"(?<![\w/.])((?:tools|examples|benchmarks)/[\w/.-]+\.(?:py|sh|toml|sbatch))\b", text):
+        assert (ROOT / script).is_file(), f"{name} names {script}, which is not there"
