@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_pz.models.fused_logprobs import FusedLogProbs
+
 
 def token_log_probs(
     hidden: Tensor,
@@ -28,6 +30,8 @@ def token_log_probs(
     vocab_size: int,
     chunk_tokens: int,
     tp_group: dist.ProcessGroup | None = None,
+    wanted: Tensor | None = None,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each label, and entropy of its distribution, under softmax(logits / temperature).
 
@@ -42,6 +46,8 @@ def token_log_probs(
         vocab_size: real rows over the whole group; the rest is padding.
         chunk_tokens: tokens whose logits exist at one time.
         tp_group: ranks that share the vocabulary; None or a group of one: this rank has it all.
+        wanted: int64, the places whose label is not below 0, where the caller knows them; to find them a GPU must wait.
+        fused: by `fused_logprobs`, which never holds a chunk's logits either; not in float64.
 
     Returns:
         (log_probs [T], entropy [T] in nats without gradient), float32 (float64 of float64 hidden states).
@@ -51,10 +57,16 @@ def token_log_probs(
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0 (log-probs of greedy sampling: use 1.0)")
     group = tp_group if tp_group is not None and tp_group.size() > 1 else None
-    wanted = (labels >= 0).nonzero().squeeze(1)
-    log_probs, entropy = _TokenLogProbs.apply(
-        hidden.index_select(0, wanted), weight, labels[wanted], temperature, vocab_size, chunk_tokens, group
-    )
+    if wanted is None:
+        wanted = (labels >= 0).nonzero().squeeze(1)
+    chosen, of_chosen = hidden.index_select(0, wanted), labels.index_select(0, wanted)
+    if fused and hidden.dtype is not torch.float64:
+        first, rows = _own_rows(weight, vocab_size, group)
+        log_probs, entropy = FusedLogProbs.apply(chosen, weight, of_chosen, temperature, first, rows.shape[0], group)
+    else:
+        log_probs, entropy = _TokenLogProbs.apply(
+            chosen, weight, of_chosen, temperature, vocab_size, chunk_tokens, group
+        )
     nothing = log_probs.new_zeros(labels.shape)
     return nothing.index_copy(0, wanted, log_probs), nothing.index_copy(0, wanted, entropy)
 

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_pz.config.rules import GAMES
 from megatron_pz.config.schema import Config
+from megatron_pz.models.fused_logprobs import TILE_ROWS
 from megatron_pz.plan.activations import Layer, in_flight, kept
 from megatron_pz.plan.assumptions import GIB, Assumptions
 from megatron_pz.plan.stages import Buffer, Stage
@@ -135,9 +136,19 @@ def head_input_bytes(transformer: TransformerConfig) -> float:
 
 
 def head_bytes(config: Config, transformer: TransformerConfig, vocab_size: int) -> float:
-    """Bytes of one chunk's logits, in the model's precision and in float32 with their exponentials, and of the head's gradient: a
-    float32 sum over chunks, a chunk's part and the result (`models.logprobs`)."""
+    """Bytes of the head besides its weight.
+
+    Chunked (`models.logprobs`): one chunk's logits, in the model's precision and in float32 with their exponentials, and of the head's
+    gradient a float32 sum over chunks, a chunk's part and the result. Fused (`models.fused_logprobs`): a tile's gradient, a float32 sum
+    and a product of the hidden states' gradient, and the head's gradient.
+    """
     rows, b = vocab_size // transformer.tensor_model_parallel_size, transformer.params_dtype.itemsize
+    if config.train.log_prob_kernel == "fused":
+        tokens = longest_row(config)
+        return (
+            tokens * (min(TILE_ROWS, rows) * b + transformer.hidden_size * 2 * FLOAT32)
+            + rows * transformer.hidden_size * b
+        )
     chunk = config.train.log_prob_chunk_tokens * rows * (2 * FLOAT32 + (b if b < FLOAT32 else 0))
     gradient = rows * transformer.hidden_size * (FLOAT32 + (2 * b if b < FLOAT32 else 0))
     return chunk + gradient

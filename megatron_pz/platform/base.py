@@ -72,6 +72,10 @@ class Platform(ABC):
             ConfigError: the layers asked for (`config.transformer_impl`) cannot be had on this machine.
         """
 
+    def tensor(self, values: np.ndarray) -> torch.Tensor:
+        """`values` on the device; nobody waits until they are there."""
+        return torch.as_tensor(values).to(self.device)
+
     def packed_seq_params(
         self,
         cu_seqlens: np.ndarray | torch.Tensor,
@@ -89,9 +93,8 @@ class Platform(ABC):
 
         from megatron_pz.platform.context_attention import SharedSequences
 
-        cumulative = torch.as_tensor(cu_seqlens, dtype=torch.int32)
-        longest = int((cumulative[1:] - cumulative[:-1]).max())
-        cumulative = cumulative.to(self.device)
+        longest = int(np.diff(np.asarray(cu_seqlens)).max())
+        cumulative = torch.as_tensor(cu_seqlens, dtype=torch.int32).to(self.device)
         fields: dict[str, Any] = {
             "qkv_format": "thd",
             "cu_seqlens_q": cumulative,

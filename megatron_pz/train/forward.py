@@ -38,6 +38,7 @@ class DeviceBatch:
     position_ids: Tensor  # int64 [1, T]
     packed_seq_params: PackedSeqParams
     labels: Tensor  # int64 [1, T], -1 where nothing is trained: the model leaves these out
+    wanted: Tensor  # int64, where something is trained
     weights: Tensor  # float32 [T]
     advantages: Tensor  # float32 [T]
     rollout_log_probs: Tensor  # float32 [T]
@@ -78,15 +79,14 @@ def on_device(
         shared = {"positions": batch.position_ids, "gathered_places": gathered_places(batch.cu_seqlens, size)}
     experts = None if replay is None else batch.routed_experts
     of_stage = None if replay is None or experts is None else replay.of_stage(experts)
-
-    def tensor(values: np.ndarray) -> Tensor:
-        return torch.as_tensor(values).to(platform.device, non_blocking=True)
+    tensor = platform.tensor
 
     return DeviceBatch(
         input_ids=tensor(batch.token_ids)[None],
         position_ids=tensor(batch.position_ids)[None],
         packed_seq_params=platform.packed_seq_params(batch.cu_seqlens, **shared),
         labels=tensor(np.where(batch.loss_weights > 0, batch.labels, -1))[None],
+        wanted=tensor(np.flatnonzero(batch.loss_weights > 0)),
         weights=tensor(batch.loss_weights),
         advantages=tensor(batch.advantages),
         rollout_log_probs=tensor(batch.rollout_log_probs),
@@ -151,6 +151,7 @@ def run_schedule(
             batch.position_ids,
             packed_seq_params=batch.packed_seq_params,
             labels=batch.labels,
+            wanted=batch.wanted,
             temperature=temperature,
             routed_experts=batch.routed_experts,
         )
