@@ -2,8 +2,8 @@
 
     python benchmarks/gpu/logprobs.py --out DIR [--smoke]
 
-Forward and backward over 8192 tokens in bfloat16, on one GPU, for the shapes of three models. Liger's makes a summed cross-entropy only,
-without entropies: it is beside the others as a floor. --smoke: tiny shapes on a CPU, in Triton's interpreter, to see that all of it runs.
+Forward and backward over 8192 tokens in bfloat16, on one GPU, for the shapes of three models. Liger's makes a summed
+cross-entropy only, without entropies: it is beside the others as a floor. --smoke: tiny shapes on a CPU, in Triton's interpreter.
 """
 
 from __future__ import annotations
