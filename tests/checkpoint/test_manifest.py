@@ -37,7 +37,7 @@ def test_a_whole_folder_passes_with_its_facts(folder):
         (lambda f: (f / MANIFEST).unlink(), "no readable manifest.json .*No such file.* Move it away"),
         (lambda f: (f / MANIFEST).write_text('{"format"'), "no readable manifest.json"),
         (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe"), "no readable manifest.json"),
-        (lambda f: (f / MANIFEST).write_text("[]"), "format is None, wanted 'megatron_pz checkpoint 1'"),
+        (lambda f: (f / MANIFEST).write_text("[]"), "format is None, wanted 'megatron_pz checkpoint 2'"),
         (lambda f: (f / MANIFEST).write_text('{"format": "other 9"}'), "format is 'other 9', wanted"),
     ],
 )
