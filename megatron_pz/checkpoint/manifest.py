@@ -85,7 +85,7 @@ def damage(
         advance: told the bytes that were read.
     """
     with ThreadPoolExecutor(threads) as pool:
-        told = pool.map(lambda item: _damage(folder / item[0], *item, advance), files.items())
+        told = pool.map(lambda item: _damage(folder, item[0], item[1], advance), files.items())
         return [fault for fault in told if fault]
 
 
@@ -123,7 +123,8 @@ def check_manifest(folder: Path, model: str) -> dict[str, Any]:
     return manifest
 
 
-def _damage(file: Path, name: str, facts: Mapping[str, Any], advance: Advance) -> str | None:
+def _damage(folder: Path, name: str, facts: Mapping[str, Any], advance: Advance) -> str | None:
+    file = folder / name
     if not file.is_file():
         return f"{name} is missing"
     if (found := file.stat().st_size) != facts["bytes"]:

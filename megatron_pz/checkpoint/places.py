@@ -10,13 +10,13 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-Saved = ShardedTensor | ShardedTensorFactory
+Saved: TypeAlias = "ShardedTensor | ShardedTensorFactory"
 """What Megatron says of a parameter."""
 
 

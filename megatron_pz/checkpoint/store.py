@@ -106,18 +106,21 @@ class CheckpointStore:
         drops_old: bool = True,
         in_background: bool = False,
         tell: Tell = lambda _: None,
-    ) -> Path:
-        """Write `step_N` and drop what is too old. An earlier save that is under way is settled first.
+    ) -> Path | None:
+        """Write `step_N` and drop what is too old. An earlier save must be settled.
 
         Args:
             drops_old: whether older ones may go; a state that came to grief is kept beside all that went before.
             in_background: return once the state is copied; the checkpoint stands when `settle` has returned it. Where the hosts
                 have no memory for the copy, it is written before this returns.
 
+        Returns:
+            The checkpoint; None while it is written in the background.
+
         Raises:
-            DiskError: no room or no right, for this or the earlier one; older checkpoints are untouched.
+            DiskError: no room or no right; older checkpoints are untouched.
         """
-        self.settle(wait=True)
+        assert not self.is_saving
         final = self.folder / f"step_{step:06d}"
         partial = self.folder / f".tmp-{final.name}"
         complete_weights(chunks)
@@ -133,9 +136,12 @@ class CheckpointStore:
         files = self._writer.submit(write_files, pieces, partial / SHARDS, self._rank, self._given_up)
         facts = self._facts(step, chunks) | {"optimizer": {"step": updates}}
         self._pending = _Pending(final, partial, state, facts, drops_old, files)
-        if not in_background:
-            self.settle(wait=True)
-        return final
+        return None if in_background else self.settle(wait=True)
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint waits to be settled; the same on every rank."""
+        return self._pending is not None
 
     def settle(self, *, wait: bool) -> Path | None:
         """Let a checkpoint that is written in the background appear, once every rank has written its files.

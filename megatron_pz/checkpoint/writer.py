@@ -96,7 +96,7 @@ def write_files(
         OSError: the disk refused.
         GivenUp: `given_up` was set.
     """
-    found = []
+    found: list[WrittenFile] = []
     rest = deque(pieces)
     with ThreadPoolExecutor(1) as helper:
         while rest:
