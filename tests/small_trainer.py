@@ -14,7 +14,6 @@ PLATFORM = select_platform("cpu")  # before Megatron is imported
 
 from megatron_pz.batch.schedule import plan_update  # noqa: E402
 from megatron_pz.train.model import build_model  # noqa: E402
-from megatron_pz.train.parallel import init_parallel  # noqa: E402
 from megatron_pz.train.step import Trainer  # noqa: E402
 
 TINY = {

@@ -92,6 +92,10 @@ def write_index(folder: Path, facts: Mapping[str, Sequence[Fact]]) -> None:
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
+_DAMAGED = AttributeError, EOFError, ImportError, LookupError, TypeError, ValueError
+"""What reading a pickle that was altered may end in, beside its own error."""
+
+
 class PieceReader:
     """Tensors of a distributed checkpoint, saved under any layout.
 
@@ -103,7 +107,7 @@ class PieceReader:
         try:
             found = pickle.loads((folder / METADATA).read_bytes())
             self._tensors, self._storage = found.state_dict_metadata, found.storage_data
-        except (OSError, pickle.UnpicklingError, AttributeError, EOFError) as error:
+        except (OSError, pickle.UnpicklingError, *_DAMAGED) as error:
             raise CheckpointError(
                 f"{folder / METADATA} cannot be read ({error}); it is no distributed checkpoint."
             ) from error

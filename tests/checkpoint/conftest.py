@@ -5,9 +5,9 @@ import pytest
 
 @pytest.fixture(scope="module")
 def parallel():
-    from small_trainer import CONFIG, PLATFORM, init_parallel
+    from small_trainer import CONFIG, PLATFORM
 
-    from megatron_pz.train.parallel import shutdown
+    from megatron_pz.train.parallel import init_parallel, shutdown
 
     yield init_parallel(CONFIG.parallel, PLATFORM, seed=1)
     shutdown()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from demo_runs import files_of_at_most, tree
-from small_trainer import CONFIG, PLATFORM, init_parallel, losses, new_trainer, save, weights
+from small_trainer import CONFIG, PLATFORM, losses, new_trainer, save, weights
 
 from megatron_pz.checkpoint.store import CheckpointStore
 from megatron_pz.errors import DiskError
@@ -109,6 +109,7 @@ def test_a_process_killed_while_it_writes_in_the_background_leaves_the_older_che
 def _stop_half_way(folder):
     """Save once, then in the background on a disk that stops after the first file was opened."""
     from megatron_pz.checkpoint import writer
+    from megatron_pz.train.parallel import init_parallel
 
     one = new_trainer(init_parallel(CONFIG.parallel, PLATFORM, seed=1))
     store = CheckpointStore(folder, keep=1)

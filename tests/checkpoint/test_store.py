@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_trainer import CONFIG, PLATFORM, TINY, init_parallel, losses, new_trainer, save, weights
+from small_trainer import CONFIG, PLATFORM, TINY, losses, new_trainer, save, weights
 
 from megatron_pz.checkpoint.store import CheckpointStore
 from megatron_pz.errors import CheckpointError, DiskError
@@ -121,6 +121,8 @@ def test_a_place_that_cannot_be_written_is_a_disk_error(tmp_path):
 
 
 def _save_for_ever(folder):
+    from megatron_pz.train.parallel import init_parallel
+
     place = init_parallel(CONFIG.parallel, PLATFORM, seed=1)
     one = new_trainer(place)
     store = CheckpointStore(folder, keep=9)
