@@ -1,9 +1,9 @@
 """Checkpoints of one layout read under another, four ranks, all in one run of torchrun.
 
-torchrun --nproc-per-node 4 reshard_worker.py FOLDER [NAME ...]
+torchrun --nproc-per-node 4 reshard_worker.py FOLDER ["NAME to READER" ...]
 
 For each way there are two updates under the first layout, a checkpoint between them; then under every other layout the second
-update again, from the checkpoint. FOLDER/report.json: for each pair what `run` finds. Names choose some of the ways.
+update again, from the checkpoint. FOLDER/report.json: for each pair what `run` finds. Without pairs all are tried.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def state(trainer: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def run(name: str, folder: Path) -> dict[str, dict[str, float]]:
+def run(name: str, folder: Path, pairs: list[str]) -> dict[str, dict[str, float]]:
     """Of each reader: weights and moments that came back otherwise, the step count, how far the next update differs."""
     case, readers = WAYS[name]
     parallel, trainer, plan = build(case)
@@ -120,6 +120,8 @@ def run(name: str, folder: Path) -> dict[str, dict[str, float]]:
     shutdown()
     found = {}
     for reader, other in readers.items():
+        if pairs and f"{name} to {reader}" not in pairs:
+            continue
         parallel, trainer, plan = build(other)
         CheckpointStore(folder / name, 1, parallel.control_group).load(1, trainer.chunks, trainer.optimizer)
         loaded, again, steps = whole(trainer.chunks, "data"), state(trainer), step_of(trainer.optimizer)
@@ -139,11 +141,11 @@ def run(name: str, folder: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def main(folder: Path, names: list[str]) -> None:
+def main(folder: Path, pairs: list[str]) -> None:
     torch.set_num_threads(1)
     report: dict[str, dict[str, float]] = {}
-    for name in names or WAYS:
-        report |= run(name, folder)
+    for name in dict.fromkeys(pair.partition(" to ")[0] for pair in pairs or WAYS):
+        report |= run(name, folder, pairs)
     if os.environ["RANK"] == "0":
         (folder / "report.json").write_text(json.dumps(report, indent=1))
 
