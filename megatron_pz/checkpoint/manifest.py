@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -129,13 +130,25 @@ def _damage(folder: Path, name: str, facts: Mapping[str, Any], advance: Advance)
         return f"{name} is missing"
     if (found := file.stat().st_size) != facts["bytes"]:
         return f"{name} has {found} bytes, was written with {facts['bytes']}"
-    digest = hashlib.sha256()
     try:
-        with file.open("rb", buffering=0) as stream:
-            buffer = memoryview(bytearray(BLOCK))
-            while count := stream.readinto(buffer):
-                digest.update(buffer[:count])
-                advance(count)
+        digest = _digest_read(file, advance)
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
-    return None if digest.hexdigest() == facts["sha256"] else f"{name} was altered after it was written"
+    return None if digest == facts["sha256"] else f"{name} was altered after it was written"
+
+
+def _digest_read(file: Path, advance: Advance) -> str:
+    """SHA-256 of a file; the next block is read while one is being digested."""
+    digest = hashlib.sha256()
+    blocks = [memoryview(bytearray(BLOCK)) for _ in range(2)]
+    with file.open("rb", buffering=0) as stream, ThreadPoolExecutor(1) as helper:
+        pending: Future[None] | None = None
+        for block in cycle(blocks):
+            count = stream.readinto(block)
+            if pending is not None:
+                pending.result()
+            if not count:
+                return digest.hexdigest()
+            pending = helper.submit(digest.update, block[:count])
+            advance(count)
+    raise AssertionError("a cycle does not end")
