@@ -92,7 +92,7 @@ def measure(trainer: Trainer, folder: Path, rounds: int) -> dict[str, Any]:
     pieces = [value for place, value in pieces_to_save(trainer.chunks, trainer.optimizer) if isinstance(place, Place)]
     size = sum(piece.nbytes for piece in pieces)
     alone = products(lambda count: count >= 60)
-    store = CheckpointStore(folder / "checkpoints", keep=1)
+    store = CheckpointStore(folder / "checkpoints", keep=2 * rounds)  # removing files is no part of it
     rows: dict[str, list[dict[str, float]]] = {}
 
     def note(side: str, row: dict[str, float]) -> None:
@@ -109,6 +109,8 @@ def measure(trainer: Trainer, folder: Path, rounds: int) -> dict[str, Any]:
         note("megatron", timed(lambda: megatron(trainer, folder / "theirs")))
         theirs = sum(path.stat().st_size for path in (folder / "theirs").rglob("*") if path.is_file())
         shutil.rmtree(folder / "theirs")
+        for path in store.folder.iterdir():
+            shutil.rmtree(path)
     store.close()
     facts = {
         "parameters": sum(p.numel() for chunk in trainer.chunks for p in chunk.parameters()),

@@ -231,15 +231,16 @@ class CheckpointStore:
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _on_rank0(self, stage: Callable[[], None], final: Path, partial: Path) -> None:
-        """Run `stage` on rank 0; where it fails, no rank goes on."""
+        """Run `stage` on rank 0; where it fails, what was written goes, and no rank goes on."""
         fault: OSError | None = None
         if self._is_rank0:
             try:
                 stage()
             except OSError as error:
+                shutil.rmtree(partial, ignore_errors=True)
                 fault = error
         if self._agreed(int(fault is not None), dist.ReduceOp.MAX):
-            raise self._fault(fault or OSError("rank 0 tells why"), final, partial) from fault
+            raise self._fault(fault or OSError("rank 0 tells why"), final) from fault
 
     def _on_rank0_all(self, mine: list[WrittenFile] | OSError) -> list[list[WrittenFile] | OSError]:
         """What every rank has, on rank 0; nothing elsewhere."""
@@ -261,10 +262,7 @@ class CheckpointStore:
         on_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return self._copy.num_bytes == 0 and size * on_host * HEADROOM > available_memory()
 
-    def _fault(self, error: OSError, final: Path, partial: Path) -> DiskError:
-        """The error to raise, once the part that was written is gone."""
-        if self._is_rank0:
-            shutil.rmtree(partial, ignore_errors=True)
+    def _fault(self, error: OSError, final: Path) -> DiskError:
         free = shutil.disk_usage(self.folder).free
         return DiskError(
             f"{final}: the checkpoint could not be written ({error.strerror or error}); {free} bytes are free. "

@@ -7,7 +7,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -26,6 +26,8 @@ MAX_FILE_BYTES = 4 * 1024**3
 """A further file is begun before one grows larger, so that several can be verified at a time; a single piece always fits."""
 AT_ONCE = 1 << 20
 """Bytes from which the digest is taken beside the writing."""
+FLUSH_EVERY = 64 * 1024**2
+"""Bytes after which the disk is told to begin."""
 ALIGNMENT = 64
 
 
@@ -45,12 +47,14 @@ class GivenUp(Exception):
 class _Digested:
     """A file under way. What the disk refused first is kept: torch's writer tells only that something failed."""
 
-    def __init__(self, path: Path, helper: ThreadPoolExecutor) -> None:
+    def __init__(self, path: Path, helper: ThreadPoolExecutor, flusher: ThreadPoolExecutor) -> None:
         self._file, self._helper, self._digest = path.open("wb"), helper, hashlib.sha256()
+        self._flusher, self._flushes, self._unflushed = flusher, deque[Future[None]](), 0
         self.fault: OSError | None = None
 
     def write(self, data: Any) -> int:
         try:
+            self._send_on(len(data))
             if len(data) < AT_ONCE:
                 self._digest.update(data)
                 return self._file.write(data)
@@ -63,6 +67,15 @@ class _Digested:
             self.fault = self.fault or error
             raise
 
+    def _send_on(self, count: int) -> None:
+        """Have the disk work while digests are taken, not only at the end."""
+        self._unflushed += count
+        while self._flushes and self._flushes[0].done():
+            self._flushes.popleft().result()
+        if self._unflushed >= FLUSH_EVERY and not self._flushes:
+            self._unflushed = 0
+            self._flushes.append(self._flusher.submit(os.fdatasync, self._file.fileno()))
+
     def flush(self) -> None:
         """Nothing has to be on disk before the end."""
 
@@ -73,11 +86,14 @@ class _Digested:
         """Have it on disk; its SHA-256."""
         with self._file:
             self._file.flush()
+            for flush in self._flushes:
+                flush.result()
             os.fsync(self._file.fileno())
         return self._digest.hexdigest()
 
     def drop(self) -> None:
         """Close it, whatever the disk says by now."""
+        wait(self._flushes)
         try:
             self._file.close()
         except OSError as error:
@@ -98,10 +114,10 @@ def write_files(
     """
     found: list[WrittenFile] = []
     rest = deque(pieces)
-    with ThreadPoolExecutor(1) as helper:
+    with ThreadPoolExecutor(1) as helper, ThreadPoolExecutor(1) as flusher:
         while rest:
             name = f"__{rank}_{len(found)}.distcp"
-            file = _Digested(folder / name, helper)
+            file = _Digested(folder / name, helper, flusher)
             try:
                 facts: list[Fact] = []
                 while rest and (not facts or file.tell() + num_bytes([rest[0]]) <= max_file_bytes):
