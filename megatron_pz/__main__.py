@@ -4,5 +4,5 @@ import sys
 
 from megatron_pz.train.launch import main
 
-if __name__ == "__main__":  # dist_checkpointing spawns a process that imports this module again
+if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

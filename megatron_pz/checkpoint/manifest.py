@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from megatron_pz.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-FORMAT = "megatron_pz checkpoint 1"
+FORMAT = "megatron_pz checkpoint 2"
+READABLE = (FORMAT, "megatron_pz checkpoint 1")
+"""1: optimizer state under Megatron's own names, which differ between layouts."""
+BLOCK, SHOWN = 4 * 1024**2, 8
+
+Advance = Callable[[int], None]
+"""Told the bytes that were done."""
 
 
 def sha256(path: Path) -> str:
@@ -42,14 +50,14 @@ def write_manifest(folder: Path, facts: Mapping[str, Any], digests: Mapping[str,
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
-def check_manifest(folder: Path, model: str) -> dict[str, Any]:
-    """The manifest of `folder`, once every file is there as it was written.
+def read_manifest(folder: Path, model: str | None = None) -> dict[str, Any]:
+    """The manifest of `folder`; no other file is looked at.
 
     Args:
-        model: fingerprint of the model that is to be loaded.
+        model: fingerprint of the model that is to be loaded; None: any will do.
 
     Raises:
-        CheckpointError: a file is missing, shorter, longer or altered; or the checkpoint is not ours or another model's.
+        CheckpointError: the checkpoint is not ours or another model's.
     """
     path = folder / MANIFEST
     try:
@@ -59,20 +67,88 @@ def check_manifest(folder: Path, model: str) -> dict[str, Any]:
             f"{folder} has no readable {MANIFEST} ({error}); it is no whole checkpoint of ours. Move it away."
         ) from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
+    if found not in READABLE:
         raise CheckpointError(f"{folder}: format is {found!r}, wanted {FORMAT!r}. Move it away.")
-    if manifest.get("model") != model:
+    if model is not None and manifest.get("model") != model:
         raise CheckpointError(
             f"{folder} belongs to another model (config.json differs); give this run another --run-dir."
         )
-    for name, facts in manifest["files"].items():
-        file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"{folder} is damaged: {name} is missing.")
-        if file.stat().st_size != facts["bytes"]:
-            raise CheckpointError(
-                f"{folder} is damaged: {name} has {file.stat().st_size} bytes, was written with {facts['bytes']}."
-            )
-        if sha256(file) != facts["sha256"]:
-            raise CheckpointError(f"{folder} is damaged: {name} was altered after it was written.")
     return manifest
+
+
+def damage(
+    folder: Path, files: Mapping[str, Mapping[str, Any]], *, threads: int = 1, advance: Advance = lambda _: None
+) -> list[str]:
+    """What is wrong with each file of a manifest that is not as it was written; in the manifest's order.
+
+    Args:
+        threads: files that are read at a time.
+        advance: told the bytes that were read.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        told = pool.map(lambda item: _damage(folder, item[0], item[1], advance), files.items())
+        return [fault for fault in told if fault]
+
+
+def share(files: Mapping[str, Mapping[str, Any]], rank: int, size: int) -> dict[str, Mapping[str, Any]]:
+    """The files that `rank` of `size` ranks reads, so that all have about the same bytes."""
+    loads = [0] * size
+    mine = {}
+    for name, facts in sorted(files.items(), key=lambda item: (-item[1]["bytes"], item[0])):
+        least = loads.index(min(loads))
+        loads[least] += facts["bytes"]
+        if least == rank:
+            mine[name] = facts
+    return mine
+
+
+def refuse(folder: Path, faults: Sequence[str]) -> None:
+    """Raise what `damage` found, if it found something.
+
+    Raises:
+        CheckpointError: with the first few faults.
+    """
+    if faults:
+        more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        raise CheckpointError(f"{folder} is damaged: {'; '.join(faults[:SHOWN])}{more}.")
+
+
+def check_manifest(folder: Path, model: str) -> dict[str, Any]:
+    """The manifest of `folder`, once every file is there as it was written. One process reads them all.
+
+    Raises:
+        CheckpointError: a file is missing, shorter, longer or altered; or the checkpoint is not ours or another model's.
+    """
+    manifest = read_manifest(folder, model)
+    refuse(folder, damage(folder, manifest["files"]))
+    return manifest
+
+
+def _damage(folder: Path, name: str, facts: Mapping[str, Any], advance: Advance) -> str | None:
+    file = folder / name
+    if not file.is_file():
+        return f"{name} is missing"
+    if (found := file.stat().st_size) != facts["bytes"]:
+        return f"{name} has {found} bytes, was written with {facts['bytes']}"
+    try:
+        digest = _digest_read(file, advance)
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    return None if digest == facts["sha256"] else f"{name} was altered after it was written"
+
+
+def _digest_read(file: Path, advance: Advance) -> str:
+    """SHA-256 of a file; the next block is read while one is being digested."""
+    digest = hashlib.sha256()
+    blocks = [memoryview(bytearray(BLOCK)) for _ in range(2)]
+    with file.open("rb", buffering=0) as stream, ThreadPoolExecutor(1) as helper:
+        pending: Future[None] | None = None
+        for block in cycle(blocks):
+            count = stream.readinto(block)
+            if pending is not None:
+                pending.result()
+            if not count:
+                return digest.hexdigest()
+            pending = helper.submit(digest.update, block[:count])
+            advance(count)
+    raise AssertionError("a cycle does not end")

@@ -7,12 +7,14 @@ The format is that of `torch.distributed.checkpoint`, as Megatron's `torch_dist`
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
@@ -27,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_pz.checkpoint.skeleton import Place
+from megatron_pz.checkpoint.places import Place
 from megatron_pz.errors import CheckpointError
 
 METADATA, COMMON = ".metadata", "common.pt"
@@ -37,18 +39,26 @@ Fact = list[Any]
 
 
 def write_piece(file: BinaryIO, place: Place, value: Tensor) -> Fact:
-    """Append `value` to `file`; what has to be known of it."""
+    """Append `value`, in host memory, to `file`; what has to be known of it."""
     start = file.tell()
-    _save(value.contiguous().clone() if value.untyped_storage().nbytes() != value.nbytes else value, file)
+    _save(_alone(value), file)
     dtype = str(value.dtype).removeprefix("torch.")
     return [place.key, [*place.offset], [*place.shape], [*place.whole], dtype, start, file.tell() - start]
 
 
-def write_object(file: BinaryIO, key: str) -> Fact:
-    """Append the object `key`, of which a converted checkpoint knows nothing, as Megatron saves one that is None."""
+def write_object(file: BinaryIO, key: str, value: Any = None) -> Fact:
+    """Append the object `key` as Megatron saves one. (A converted checkpoint knows nothing of it.)"""
     start = file.tell()
-    _save([None], file)
+    _save([value], file)
     return [key, None, None, None, None, start, file.tell() - start]
+
+
+def _alone(value: Tensor) -> Tensor:
+    """`value` with a storage of its own length, which is what `torch.save` writes; contiguous numbers are not copied."""
+    value = value.detach().contiguous()
+    if value.untyped_storage().nbytes() == value.nbytes:
+        return value
+    return torch.from_numpy(value.reshape(-1).view(torch.uint8).numpy()).view(value.dtype).view(value.shape)
 
 
 def _save(thing: Any, file: BinaryIO) -> None:
@@ -82,6 +92,10 @@ def write_index(folder: Path, facts: Mapping[str, Sequence[Fact]]) -> None:
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
+_DAMAGED = AttributeError, EOFError, ImportError, LookupError, TypeError, ValueError
+"""What reading a pickle that was altered may end in, beside its own error."""
+
+
 class PieceReader:
     """Tensors of a distributed checkpoint, saved under any layout.
 
@@ -93,12 +107,14 @@ class PieceReader:
         try:
             found = pickle.loads((folder / METADATA).read_bytes())
             self._tensors, self._storage = found.state_dict_metadata, found.storage_data
-        except (OSError, pickle.UnpicklingError, AttributeError, EOFError) as error:
+        except (OSError, pickle.UnpicklingError, *_DAMAGED) as error:
             raise CheckpointError(
                 f"{folder / METADATA} cannot be read ({error}); it is no distributed checkpoint."
             ) from error
-        self._folder = folder
+        self.folder = folder
         self._files: dict[str, BinaryIO] = {}
+        self._grids: dict[str, _Grid] = {}
+        self._last: tuple[MetadataIndex, Tensor] | None = None
 
     def tensor_keys(self) -> set[str]:
         """Of every tensor, the optimizer's among them."""
@@ -109,57 +125,86 @@ class PieceReader:
         found: torch.dtype = self._tensors[key].properties.dtype
         return found
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Of the whole tensor `key`."""
+        return tuple(self._tensors[key].size)
+
+    def num_pieces(self, key: str) -> int:
+        """Pieces that the tensor `key` is saved in."""
+        return len(self._tensors[key].chunks)
+
     def read(self, place: Place) -> Tensor:
         """What stands at `place`; rows of zeros where its vocabulary is padded further than the checkpoint's.
 
         Raises:
             CheckpointError: a part of it is missing, or the whole tensor is of another shape.
         """
-        known = self._tensors[place.key]
-        if tuple(known.size) != place.whole and not (place.may_differ and tuple(known.size)[1:] == place.whole[1:]):
-            raise CheckpointError(
-                f"{self._folder}: {place.key} has shape {tuple(known.size)}, config.json makes it {place.whole}."
-            )
-        value, missing = None, _numel(place.shape)
-        for chunk in known.chunks:
-            box = _overlap(place, tuple(chunk.offsets), tuple(chunk.sizes))
-            if box is None:
-                continue
-            piece = self._piece(place.key, chunk.offsets)
-            if tuple(chunk.offsets) == place.offset and tuple(chunk.sizes) == place.shape:
+        size = self.shape(place.key)
+        if size != place.whole and not (place.may_differ and size[1:] == place.whole[1:]):
+            raise CheckpointError(f"{self.folder}: {place.key} has shape {size}, config.json makes it {place.whole}.")
+        if place.key not in self._grids:
+            self._grids[place.key] = _Grid(self._tensors[place.key].chunks)
+        value, missing = None, place.numel
+        for offset, shape in self._grids[place.key].touching(place):
+            piece = self._piece(place.key, offset)
+            if offset == place.offset and shape == place.shape:
                 return piece
             if value is None:
                 value = torch.zeros(place.shape, dtype=piece.dtype)
+            box = _overlap(place, offset, shape)
             there = tuple(slice(lo - o, hi - o) for (lo, hi), o in zip(box, place.offset, strict=True))
-            here = tuple(slice(lo - o, hi - o) for (lo, hi), o in zip(box, chunk.offsets, strict=True))
+            here = tuple(slice(lo - o, hi - o) for (lo, hi), o in zip(box, offset, strict=True))
             value[there] = piece[here]
-            missing -= _numel([hi - lo for lo, hi in box])
-        if place.may_differ and known.size[0] < place.whole[0]:
-            missing -= _numel(place.shape) - min(known.size[0], place.shape[0]) * _numel(place.shape[1:])
-        if value is None or missing:
-            raise CheckpointError(
-                f"{self._folder}: {missing} of {_numel(place.shape)} numbers of {place.key} are missing."
-            )
-        return value
+            missing -= math.prod(hi - lo for lo, hi in box)
+        if place.may_differ:  # rows from size[0] on are padding
+            there_are = min(max(size[0] - place.offset[0], 0), place.shape[0])
+            missing -= (place.shape[0] - there_are) * math.prod(place.shape[1:])
+        if missing:
+            raise CheckpointError(f"{self.folder}: {missing} of {place.numel} numbers of {place.key} are missing.")
+        return torch.zeros(place.shape, dtype=self.dtype(place.key)) if value is None else value
 
     def close(self) -> None:
         """Close the files."""
         for file in self._files.values():
             file.close()
 
-    def _piece(self, key: str, offset: Sequence[int]) -> Tensor:
-        stored = self._storage[MetadataIndex(key, torch.Size(offset))]
+    def _piece(self, key: str, offset: tuple[int, ...]) -> Tensor:
+        index = MetadataIndex(key, torch.Size(offset))
+        if self._last is not None and self._last[0] == index:  # boxes that follow one another are often of one piece
+            return self._last[1]
+        stored = self._storage[index]
         try:
             if stored.relative_path not in self._files:
-                self._files[stored.relative_path] = (self._folder / stored.relative_path).open("rb")
+                self._files[stored.relative_path] = (self.folder / stored.relative_path).open("rb")
             file = self._files[stored.relative_path]
             file.seek(stored.offset)
             piece: Tensor = torch.load(io.BytesIO(file.read(stored.length)), weights_only=True)
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise CheckpointError(
-                f"{self._folder / stored.relative_path} is damaged where {key} stands: {error}."
+                f"{self.folder / stored.relative_path} is damaged where {key} stands: {error}."
             ) from error
+        self._last = (index, piece)
         return piece
+
+
+class _Grid:
+    """The pieces of a tensor: which of them a box touches."""
+
+    def __init__(self, chunks: Sequence[ChunkStorageMetadata]) -> None:
+        self._first = np.array([tuple(chunk.offsets) for chunk in chunks])
+        self._shape = np.array([tuple(chunk.sizes) for chunk in chunks])
+        self._known = set(zip(map(tuple, self._first.tolist()), map(tuple, self._shape.tolist()), strict=True))
+
+    def touching(self, place: Place) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Offsets and shapes."""
+        if (place.offset, place.shape) in self._known:
+            return [(place.offset, place.shape)]
+        offset, shape = np.array(place.offset), np.array(place.shape)
+        touched = ((self._first < offset + shape) & (offset < self._first + self._shape)).all(axis=1)
+        return [
+            (tuple(first), tuple(size))
+            for first, size in zip(self._first[touched].tolist(), self._shape[touched].tolist(), strict=True)
+        ]
 
 
 def sync(file: BinaryIO) -> None:
@@ -168,14 +213,6 @@ def sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _overlap(place: Place, offset: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]] | None:
-    """For each axis first and last + 1 of what `place` shares with a chunk."""
-    box = [(max(a, b), min(a + n, b + m)) for a, n, b, m in zip(place.offset, place.shape, offset, sizes, strict=True)]
-    return None if any(lo >= hi for lo, hi in box) else box
-
-
-def _numel(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
+def _overlap(place: Place, offset: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """For each axis first and last + 1 of what `place` shares with a piece."""
+    return [(max(a, b), min(a + n, b + m)) for a, n, b, m in zip(place.offset, place.shape, offset, sizes, strict=True)]

@@ -10,16 +10,15 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor
 
+from megatron_pz.checkpoint.places import Place, Saved, place_of, sharded_pieces
 from megatron_pz.config.schema import Config, ModelConfig
 from megatron_pz.models.family import HfConfig
 from megatron_pz.models.policy import build_policy
@@ -27,34 +26,23 @@ from megatron_pz.models.shards import Shard, shards_of
 from megatron_pz.platform.meta import MetaPlatform, on_meta
 
 
-@dataclass(frozen=True)
-class Place:
-    """A box within a whole tensor of a checkpoint. Leading axes of size 1 count layers or experts."""
-
-    key: str
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-    whole: tuple[int, ...]  # shape of the whole tensor
-    may_differ: bool  # whether a checkpoint's may be of another size: the padding of a vocabulary
-
-
 @dataclass(frozen=True, eq=False)
 class Parameter:
     """One parameter of the whole model."""
 
     shard: Shard  # the only one; without numbers
-    saved: ShardedTensor | ShardedTensorFactory
+    saved: Saved
 
     def places(self) -> list[Place]:
         """Where its pieces stand in a checkpoint."""
-        return [_place(piece) for piece in _built(self.saved)]
+        return [place_of(piece) for piece in sharded_pieces(self.saved)]
 
     def cut(self, value: Tensor) -> list[tuple[Place, Tensor]]:
         """`value` of the whole parameter as its pieces, in the shapes of their places."""
         if isinstance(self.saved, ShardedTensor):
             pieces = [value]
         else:
-            pieces = [piece.data for piece in _built(dataclasses.replace(self.saved, data=value))]
+            pieces = [piece.data for piece in sharded_pieces(dataclasses.replace(self.saved, data=value))]
         return [(place, piece.reshape(place.shape)) for piece, place in zip(pieces, self.places(), strict=True)]
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
@@ -117,17 +105,3 @@ def _alone() -> Iterator[None]:
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-
-
-def _built(saved: ShardedTensor | ShardedTensorFactory) -> list[Any]:
-    if isinstance(saved, ShardedTensor):
-        return [saved]
-    built = saved.build()
-    return [built] if isinstance(built, ShardedTensor) else list(nested_values(built))
-
-
-def _place(piece: Any) -> Place:
-    shape = (1,) * piece.prepend_axis_num + tuple(piece.local_shape)
-    return Place(
-        piece.key, tuple(piece.global_offset), shape, tuple(piece.global_shape), bool(piece.allow_shape_mismatch)
-    )

@@ -245,6 +245,8 @@ class CheckpointConfig:
     """Save every so many steps, and at the end; 0: only at the end."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    async_save: bool = False
+    """Copy the state to host memory and go on training while the files are written; the checkpoint appears when they are whole."""
     export_hf: bool = True
     """Write a Hugging Face folder (`hf/` in the run directory) at the end."""
 

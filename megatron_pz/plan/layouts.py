@@ -21,6 +21,7 @@ from megatron_pz.plan.activations import layer_bytes
 from megatron_pz.plan.assumptions import GIB, Assumptions
 from megatron_pz.plan.memory import Memory, Server, server_memory, stage_memory
 from megatron_pz.plan.parts import Parts, model_parts, stages_of
+from megatron_pz.plan.saves import Saves, saves
 from megatron_pz.plan.stages import Stage, shapes_only
 from megatron_pz.plan.step_time import StepTime, host_gib, num_micro_batches, step_time, work
 from megatron_pz.plan.traffic import Link, links, weights_link
@@ -56,6 +57,7 @@ class Plan:
     time: StepTime
     num_micro_batches: int
     host_gib: float
+    saves: Saves
     faults: tuple[str, ...]  # why it does not fit
 
     @property
@@ -169,8 +171,9 @@ class Planner:
             assumed=assumed,
         )
         host = host_gib(memories, config, assumed)
-        faults = tuple(self._faults(config, memories, server, host))
-        return Plan(config, tuple(stages), memories, server, num_servers, wires, time, micro, host, faults)
+        saved = saves(stages, config, self.whole.total, assumed)
+        faults = tuple(self._faults(config, memories, server, host, saved))
+        return Plan(config, tuple(stages), memories, server, num_servers, wires, time, micro, host, saved, faults)
 
     def _num_servers(self, config: Config) -> int:
         if urls := [url for url in config.sglang.server_urls.split(",") if url.strip()]:
@@ -180,7 +183,9 @@ class Planner:
             nodes = max(1, self.machines.world_size // self.machines.assumed.gpus_per_node)
         return config.sglang.num_servers * nodes
 
-    def _faults(self, config: Config, memories: Sequence[Memory], server: Server | None, host: float) -> Iterator[str]:
+    def _faults(
+        self, config: Config, memories: Sequence[Memory], server: Server | None, host: float, saved: Saves
+    ) -> Iterator[str]:
         assumed = self.machines.assumed
         sleeping = assumed.sleeping_server_gib if config.sglang.colocate else 0.0
         room = assumed.gpu_memory_gib - assumed.reserve_gib - sleeping
@@ -199,6 +204,11 @@ class Planner:
                 yield f"{config.sglang.num_servers} servers of {server.num_gpus} GPUs do not go on {assumed.gpus_per_node}"
         if host > assumed.host_memory_gib:
             yield f"optimizer state takes {host:.0f} GiB of a node's host memory; there are {assumed.host_memory_gib:.0f}"
+        elif host + (copy := saved.host_bytes / GIB) > assumed.host_memory_gib:
+            yield (
+                f"the copy of a checkpoint under async_save takes {copy:.0f} GiB of a node's host memory beside {host:.0f} of "
+                f"optimizer state; there are {assumed.host_memory_gib:.0f}. Use --no-async-save"
+            )
 
     def propose(self) -> list[Plan]:
         """Layouts that divide and fit: the nearest first, and of equally near ones the fastest.

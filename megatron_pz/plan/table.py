@@ -110,6 +110,7 @@ def _memory(plan: Plan, machines: Machines) -> str:
     )
     if plan.host_gib:
         lines.append(f"host memory of a node for optimizer state: {plan.host_gib:.0f} GiB")
+    lines.append(plan.saves.line())
     return "\n".join(lines)
 
 

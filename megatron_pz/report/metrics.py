@@ -135,7 +135,13 @@ TABLE: tuple[Metric, ...] = (
         ("time/train_s", "seconds", 0, _INF, "forward, backward and update"),
         ("time/sync_s", "seconds", 0, _INF, "handing the weights to the engine"),
         ("time/eval_s", "seconds", 0, _INF, "fixed masks"),
-        ("time/checkpoint_s", "seconds", 0, _INF, "saving after the step before this one"),
+        (
+            "time/checkpoint_s",
+            "seconds",
+            0,
+            _INF,
+            "saving (or copying, with async_save) after the step before this one",
+        ),
         ("time/step_s", "seconds", 0, _INF, "from the last record to this one, all phases and what is between them"),
         (
             "memory/trainer_asleep_bytes",
@@ -170,7 +176,7 @@ WHEN: Mapping[str, str] = {
     "rounds/paragraphs_continued": "sglang with stragglers continue",
     "time/score_s": "kl_coef above 0, recompute_old_log_probs, or several updates a batch",
     "time/eval_s": "steps that score",
-    "time/checkpoint_s": "steps after one that saved",
+    "time/checkpoint_s": "steps after one that saved, and while a checkpoint is written in the background",
 }
 """Rows that a run may go without, however much happens in it, and what brings them about."""
 

@@ -115,7 +115,7 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
 
     chunks = build_model(hf_config, config, platform, parallel)
     if config.checkpoint.load:
-        load_weights(chunks, Path(config.checkpoint.load))
+        load_weights(chunks, Path(config.checkpoint.load), parallel.control_group)
     elif config.model.init == "pretrained":
         load_hf_weights(chunks, folder)
     trainer = Trainer(chunks, config, platform, parallel)
@@ -134,7 +134,7 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
     has_record = config.engine.engine == "sglang" and parallel.is_rank0
     record: Record = ServerRecord(run_dir, chunks, config.engine) if has_record else NoRecord()
     engine = make_engine(config, chunks, parallel, folder, hf_config, console.message)
-    with closing(engine), closing(record):
+    with closing(engine), closing(record), closing(store):
         engine.load(chunks, state.policy_version)
         writer = None
         if parallel.is_rank0:
@@ -179,14 +179,25 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
             else TextPlayer(task, parallel.is_rank0, config.train.seed)
         )
 
-        def save(at: RunState, *, drops_old: bool = True) -> None:
-            path = store.save(at.step, chunks, trainer.optimizer, at.to_json(), drops_old=drops_old)
-            console.message(f"checkpoint {path}")
-            record.prune(store.steps())
+        def stands(path: Path | None) -> None:
+            if path:
+                console.message(f"checkpoint {path}")
+                record.prune(store.steps())
+
+        def settle(wait: bool) -> None:
+            if store.is_saving:
+                with timers("checkpoint"):
+                    stands(store.settle(wait=wait))
+
+        def save(at: RunState, *, drops_old: bool = True, in_background: bool = config.checkpoint.async_save) -> None:
+            settle(True)
+            how = {"drops_old": drops_old, "in_background": in_background}
+            stands(store.save(at.step, chunks, trainer.optimizer, at.to_json(), **how, tell=console.message))
 
         def rescue(at: RunState) -> None:
+            settle(True)
             if at.step not in store.steps():
-                save(at, drops_old=False)
+                save(at, drops_old=False, in_background=False)
 
         with StopSignals(parallel.control_group) as signals, console:
             parts = Parts(
@@ -206,6 +217,7 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
                 evaluate=_evaluator(config, sets, engine, writer),
                 journal=RunJournal(writer, console, config) if writer else SilentJournal(),
                 save=save,
+                settle=settle,
                 rescue=rescue,
                 signals=signals,
                 tell=console.message,

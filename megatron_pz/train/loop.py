@@ -58,6 +58,7 @@ def run(parts: Parts, config: Config, state: RunState) -> RunState:
                 scores = parts.evaluate(step)
         stop = parts.signals.agreed()
         parts.journal.write(step, facts, played, update, scores, timers)
+        parts.settle(False)
         if stop or is_due(step, config.checkpoint.save_interval, last):
             with timers("checkpoint"):
                 parts.save(state)
@@ -65,6 +66,7 @@ def run(parts: Parts, config: Config, state: RunState) -> RunState:
         if stop:
             parts.tell(f"stopped by {stop} after step {step}; the same command goes on from there")
             break
+    parts.settle(True)
     return state
 
 

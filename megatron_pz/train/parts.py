@@ -46,6 +46,7 @@ class Parts:
     evaluate: Callable[[int], Mapping[str, float]]
     journal: Journal
     save: Callable[[RunState], None]
+    settle: Callable[[bool], None]  # lets a checkpoint that is written in the background appear; True: waits for it
     rescue: Callable[[RunState], None]  # saves beside all older checkpoints, unless that step is saved already
     signals: StopSignals
     tell: Callable[[str], None]  # shows the user a line

@@ -4,7 +4,18 @@ import json
 
 import pytest
 
-from megatron_pz.checkpoint.manifest import FORMAT, MANIFEST, check_manifest, fingerprint, sha256, write_manifest
+from megatron_pz.checkpoint.manifest import (
+    BLOCK,
+    FORMAT,
+    MANIFEST,
+    check_manifest,
+    damage,
+    fingerprint,
+    read_manifest,
+    sha256,
+    share,
+    write_manifest,
+)
 from megatron_pz.errors import CheckpointError
 
 MODEL = "the model's fingerprint"
@@ -37,7 +48,7 @@ def test_a_whole_folder_passes_with_its_facts(folder):
         (lambda f: (f / MANIFEST).unlink(), "no readable manifest.json .*No such file.* Move it away"),
         (lambda f: (f / MANIFEST).write_text('{"format"'), "no readable manifest.json"),
         (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe"), "no readable manifest.json"),
-        (lambda f: (f / MANIFEST).write_text("[]"), "format is None, wanted 'megatron_pz checkpoint 1'"),
+        (lambda f: (f / MANIFEST).write_text("[]"), "format is None, wanted 'megatron_pz checkpoint 2'"),
         (lambda f: (f / MANIFEST).write_text('{"format": "other 9"}'), "format is 'other 9', wanted"),
     ],
 )
@@ -66,3 +77,40 @@ def test_a_fingerprint_is_of_the_shape_alone():
 
 def test_a_manifest_is_json_that_others_can_read(folder):
     assert json.loads((folder / MANIFEST).read_text())["model"] == MODEL
+
+
+def test_every_fault_is_told_and_of_many_the_first(folder):
+    for number in range(12):
+        (folder / f"{number:02d}.bin").write_bytes(bytes([number]) * 10)
+    write_manifest(folder, {"model": MODEL})
+    for number in range(11):
+        (folder / f"{number:02d}.bin").unlink()
+    found = damage(folder, read_manifest(folder)["files"], threads=3)
+    assert found == [f"{number:02d}.bin is missing" for number in range(11)]
+    with pytest.raises(CheckpointError, match=r"00.bin is missing; .*07.bin is missing and 3 more\.$"):
+        check_manifest(folder, MODEL)
+
+
+def test_a_large_file_is_digested_block_by_block_and_its_bytes_are_counted(tmp_path):
+    data = bytes(range(256)) * (2 * BLOCK // 256) + b"and a little more"
+    (tmp_path / "large").write_bytes(data)
+    write_manifest(tmp_path, {"model": MODEL})
+    counted = []
+    assert damage(tmp_path, read_manifest(tmp_path)["files"], advance=counted.append) == []
+    assert counted == [BLOCK, BLOCK, 17]
+    for place in (0, BLOCK - 1, BLOCK, len(data) - 1):
+        (tmp_path / "large").write_bytes(data[:place] + b"?" + data[place + 1 :])
+        assert damage(tmp_path, read_manifest(tmp_path)["files"]) == ["large was altered after it was written"]
+
+
+def test_ranks_share_the_files_so_that_each_is_read_once_and_all_read_as_much():
+    files = {f"{size}": {"bytes": size} for size in (8, 7, 6, 5, 4)}
+    assert [list(share(files, rank, 2)) for rank in (0, 1)] == [["8", "5", "4"], ["7", "6"]]
+    shares = [share(files, rank, 9) for rank in range(9)]
+    assert sorted(name for mine in shares for name in mine) == sorted(files)
+
+
+def test_a_checkpoint_of_the_first_format_is_read(folder):
+    manifest = json.loads((folder / MANIFEST).read_text()) | {"format": "megatron_pz checkpoint 1"}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert check_manifest(folder, MODEL)["format"] == "megatron_pz checkpoint 1"

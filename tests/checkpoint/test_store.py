@@ -5,76 +5,14 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from builders import sample
+import torch
+from small_trainer import CONFIG, PLATFORM, TINY, losses, new_trainer, save, weights
 
-from megatron_pz.config.schema import Config, ModelConfig, TaskConfig, TrainConfig
+from megatron_pz.checkpoint.store import CheckpointStore
 from megatron_pz.errors import CheckpointError, DiskError
-from megatron_pz.platform.select import select_platform
-
-PLATFORM = select_platform("cpu")  # before Megatron is imported
-
-import torch  # noqa: E402
-
-from megatron_pz.batch.schedule import plan_update  # noqa: E402
-from megatron_pz.checkpoint.store import CheckpointStore  # noqa: E402
-from megatron_pz.train.model import build_model  # noqa: E402
-from megatron_pz.train.parallel import init_parallel, shutdown  # noqa: E402
-from megatron_pz.train.step import Trainer  # noqa: E402
-
-TINY = {
-    "model_type": "qwen3",
-    "vocab_size": 90,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.1,
-}
-CONFIG = Config(
-    model=ModelConfig(init="random"),
-    task=TaskConfig(task="continue_pt"),
-    train=TrainConfig(lr=1e-2, lr_decay_style="constant"),
-)
-TEXT = [replace(sample((5, 9, 20), (7, 1)), role=None), replace(sample((6, 2), (12, 1)), role=None)]
-
-
-def new_trainer(parallel, hf_config=TINY, seed=1):
-    config = replace(CONFIG, train=replace(CONFIG.train, seed=seed))
-    return Trainer(build_model(hf_config, config, PLATFORM, parallel), config, PLATFORM, parallel)
-
-
-@pytest.fixture(scope="module")
-def parallel():
-    yield init_parallel(CONFIG.parallel, PLATFORM, seed=1)
-    shutdown()
-
-
-@pytest.fixture
-def trainer(parallel):
-    return new_trainer(parallel)
-
-
-def weights(trainer):
-    return {name: value.detach().clone() for name, value in trainer.chunks[0].named_parameters()}
-
-
-def losses(trainer, num_steps):
-    plan = plan_update(TEXT, max_tokens=64)
-    return [trainer.step(plan, lr_step=step).loss for step in range(1, num_steps + 1)]
-
-
-def save(store, step, trainer, **more):
-    return store.save(step, trainer.chunks, trainer.optimizer, f'{{"step": {step}}}', **more)
 
 
 @pytest.mark.parametrize("num_updates", [0, 3])
@@ -183,6 +121,8 @@ def test_a_place_that_cannot_be_written_is_a_disk_error(tmp_path):
 
 
 def _save_for_ever(folder):
+    from megatron_pz.train.parallel import init_parallel
+
     place = init_parallel(CONFIG.parallel, PLATFORM, seed=1)
     one = new_trainer(place)
     store = CheckpointStore(folder, keep=9)

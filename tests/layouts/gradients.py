@@ -72,6 +72,8 @@ class Case:
     transformer: dict[str, Any] = field(default_factory=dict)
     updated: bool = False  # compare what one step of the distributed optimizer changes, instead of gradients
     poisoned: bool = False  # one sample has a NaN
+    dtype: str = "float32"
+    distributed: bool = True  # the optimizer, where a step is compared
 
 
 def model_of(case: Case) -> dict[str, Any]:
@@ -130,8 +132,8 @@ def connect() -> None:
 
 def build(case: Case) -> tuple[Parallel, Trainer, UpdatePlan]:
     config = Config(
-        model=ModelConfig(init="random"),
-        parallel=ParallelConfig(**case.layout, use_distributed_optimizer=case.updated),
+        model=ModelConfig(init="random", params_dtype=case.dtype),
+        parallel=ParallelConfig(**case.layout, use_distributed_optimizer=case.updated and case.distributed),
         # Clipping would scale the gradient buffers in place.
         train=TrainConfig(
             lr=1e-3,

@@ -140,3 +140,18 @@ def test_twice_the_ranks_take_half_the_time_to_compute():
     # parameter and token (recomputed) and attention's: between 1 and 1.6 times that for the tokens that are not spread evenly.
     floor = 8 * 3.0e9 * 2304 * 0.7 * 1500 / (8 * 989e12 * 0.45)
     assert floor < one.compute < 1.6 * floor
+
+
+def test_a_checkpoint_holds_weights_moments_and_masters_and_its_copy_is_told():
+    own, config = planner("pretrain_zero_30b_1node", 8)
+    plan = own.plan(config)
+    total = plan.saves.checkpoint_bytes / 14  # bfloat16, two moments and a master
+    assert 30.4e9 < total < 30.7e9
+    assert plan.saves.num_on_disk == config.checkpoint.keep + 1 and plan.saves.host_bytes == 0
+    own, config = planner("pretrain_zero_30b_1node", 8, checkpoint={"async_save": True})
+    copied = own.plan(config).saves.host_bytes
+    assert copied >= plan.saves.checkpoint_bytes  # one node writes all of it
+    own, config = planner(
+        "pretrain_zero_30b_1node", 8, checkpoint={"async_save": True}, assumed={"host_memory_gib": plan.host_gib + 1}
+    )
+    assert any("--no-async-save" in fault for fault in own.plan(config).faults)

@@ -1,0 +1,57 @@
+"""A tiny Qwen3 with its optimizer in one process, for tests of what is saved.
+
+from small_trainer import losses, new_trainer, save, weights
+"""
+
+from dataclasses import replace
+
+from builders import sample
+
+from megatron_pz.config.schema import Config, ModelConfig, TaskConfig, TrainConfig
+from megatron_pz.platform.select import select_platform
+
+PLATFORM = select_platform("cpu")  # before Megatron is imported
+
+from megatron_pz.batch.schedule import plan_update  # noqa: E402
+from megatron_pz.train.model import build_model  # noqa: E402
+from megatron_pz.train.step import Trainer  # noqa: E402
+
+TINY = {
+    "model_type": "qwen3",
+    "vocab_size": 90,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
+CONFIG = Config(
+    model=ModelConfig(init="random"),
+    task=TaskConfig(task="continue_pt"),
+    train=TrainConfig(lr=1e-2, lr_decay_style="constant"),
+)
+TEXT = [replace(sample((5, 9, 20), (7, 1)), role=None), replace(sample((6, 2), (12, 1)), role=None)]
+
+
+def new_trainer(parallel, hf_config=TINY, seed=1):
+    config = replace(CONFIG, train=replace(CONFIG.train, seed=seed))
+    return Trainer(build_model(hf_config, config, PLATFORM, parallel), config, PLATFORM, parallel)
+
+
+def weights(trainer):
+    return {name: value.detach().clone() for name, value in trainer.chunks[0].named_parameters()}
+
+
+def losses(trainer, num_steps):
+    plan = plan_update(TEXT, max_tokens=64)
+    return [trainer.step(plan, lr_step=step).loss for step in range(1, num_steps + 1)]
+
+
+def save(store, step, trainer, **more):
+    return store.save(step, trainer.chunks, trainer.optimizer, f'{{"step": {step}}}', **more)
