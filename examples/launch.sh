@@ -48,7 +48,7 @@ run_told() {
     launcher=$!
     # shellcheck disable=SC2046 # process ids, one a word
     trap 'kill -USR1 $(cat /proc/"$launcher"/task/*/children) 2>/dev/null || true' USR1 TERM
-    while kill -0 "$launcher" 2>/dev/null; do sleep 1 || true; done # it may hear the signal too
+    while kill -0 "$launcher" 2>/dev/null; do wait "$launcher" || true; done # a signal ends a wait
     wait "$launcher" && exit 0 || exit $?
 }
 

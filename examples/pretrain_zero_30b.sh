@@ -20,9 +20,13 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_pz.train.launch import main
+from megatron_pz.platform.children import follow_parent
+
+follow_parent(__name__)
 
 if __name__ == "__main__":
+    from megatron_pz.train.launch import main
+
     nodes = int(os.environ.get("WORLD_SIZE", 1)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     config = os.environ.get("CONFIG") or str(Path(__file__).parent / f"pretrain_zero_30b_{nodes}node.toml")
     sys.exit(main([config, *sys.argv[1:]]))

@@ -20,9 +20,13 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_pz.train.launch import main
+from megatron_pz.platform.children import follow_parent
+
+follow_parent(__name__)
 
 if __name__ == "__main__":
+    from megatron_pz.train.launch import main
+
     config = os.environ.get("CONFIG") or str(Path(__file__).parent / "pretrain_zero_smollm3_3b.toml")
     sys.exit(main([config, *sys.argv[1:]]))
 # end of the Python half

@@ -51,14 +51,17 @@ start_step() { # first of the job's nodes, number of nodes, command ...
     step=$!
 }
 
-# Returns as soon as one of the processes has ended. Bash runs its traps between two naps.
+# Returns as soon as one of the processes has ended. Bash runs its traps between two naps, which are no processes: those a signal
+# to the whole job would end.
+exec {silent}<> <(:)
+nap() { read -r -t "$1" -u "$silent" || true; }
 await_end_of() { # process ids
     local process
     while :; do
         for process; do
             kill -0 "$process" 2>/dev/null || return 0
         done
-        sleep 1 || true # a signal to all ends it
+        nap 1
     done
 }
 
@@ -68,13 +71,25 @@ is_stopping=0
 stop_at_time_limit() { # process of an srun, signal that it is told by
     # shellcheck disable=SC2064 # expanded now
     trap "is_stopping=1; say 'the time limit is near: $2 to the step'
-        (while kill -$2 $1 2>/dev/null; do sleep 10; done) &" USR1
+        (while kill -$2 $1 2>/dev/null; do nap 10; done) &" USR1
     trap 'say "asked to end"' TERM # Slurm has told the steps too; they end first
 }
 
+# Where the step failed because a machine is gone, srun may see it long before Slurm does, and the job would count as failed.
+nodes_answer() {
+    timeout 120 srun --overlap --nodes "${#nodes[@]}" --ntasks "${#nodes[@]}" --ntasks-per-node 1 true >/dev/null 2>&1
+}
+
 finish() { # exit status
-    if ((is_stopping)) && [[ $1 == 0 ]]; then
-        say "saved; queued again"
+    local why=""
+    if [[ $1 == 0 ]]; then
+        ((!is_stopping)) || why="saved before the time limit"
+    else
+        say "the step has ended with status $1"
+        nodes_answer || why="a node does not answer"
+    fi
+    if [[ -n $why ]]; then
+        say "$why: queued again"
         scontrol requeue "$SLURM_JOB_ID" || say "it cannot be queued again: submit it again, and it goes on from here"
     fi
     exit "$1"

@@ -32,6 +32,7 @@ from megatron_pz.evaluate.fixed_masks import FixedMasks, fixed_set, score
 from megatron_pz.game.prompts import Templates
 from megatron_pz.models.folder import read_hf_config, resolve_folder
 from megatron_pz.platform.base import Platform, torch_dtype
+from megatron_pz.platform.children import keep_forks
 from megatron_pz.platform.select import select_platform
 from megatron_pz.report.console import Console
 from megatron_pz.report.jsonl import METRICS_FILE, read_rows
@@ -55,7 +56,7 @@ from megatron_pz.train.parallel import Parallel, init_parallel, shutdown
 from megatron_pz.train.parts import Parts
 from megatron_pz.train.play import Corpus, GamePlayer, Player, Rounds, TextPlayer
 from megatron_pz.train.record import NoRecord, Record, ServerRecord
-from megatron_pz.train.signals import StopSignals
+from megatron_pz.train.signals import StopSignals, unheard
 from megatron_pz.train.state import RunState
 from megatron_pz.train.step import Trainer
 from megatron_pz.types import Paragraph, Tokenizer
@@ -91,6 +92,7 @@ def _tell(error: MegatronPZError, who: str = "") -> None:
 def train(config: Config) -> RunState:
     """Build everything, train, save and export; the state at the end."""
     platform = select_platform()
+    keep_forks()
     if platform.name == "cpu":
         torch.set_num_threads(1)  # small matrices lose by threads; and sums must not depend on their number
     parallel = init_parallel(config.parallel, platform, config.train.seed)
@@ -156,6 +158,8 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
             console.message(f"{len(paragraphs)} paragraphs ({_told(counts)}); run directory {run_dir}")
             if config.checkpoint.load and not state.step:
                 console.message(f"weights of {config.checkpoint.load}; the optimizer begins anew")
+            if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+                console.message(f"torchrun has started the ranks again, time {restarts}")
             if state.step:
                 console.message(f"continuing after step {state.step}")
         per_step = config.task.paragraphs_per_step
@@ -172,7 +176,8 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
         )
 
         def save(at: RunState, *, drops_old: bool = True) -> None:
-            path = store.save(at.step, chunks, trainer.optimizer, at.to_json(), drops_old=drops_old)
+            with unheard():  # by the processes that write, too
+                path = store.save(at.step, chunks, trainer.optimizer, at.to_json(), drops_old=drops_old)
             console.message(f"checkpoint {path}")
             record.prune(store.steps())
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -45,3 +48,18 @@ class StopSignals:
             dist.all_reduce(box, dist.ReduceOp.MAX, group=self._group)
             caught = int(box.item())
         return signal.Signals(caught).name if caught else ""
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Within the block the signals wait, for this thread until its end and for processes that it starts for ever.
+
+    Those that write a checkpoint would end by a signal that Slurm, torchrun or a terminal sends to all processes of a run, just
+    when the run wants to save.
+    """
+    resource_tracker.ensure_running()  # when it starts it lets SIGTERM and SIGINT through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -15,9 +15,8 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_pz.engine.sglang.fleet import free_port
@@ -99,10 +98,11 @@ class Slurm:
         self.start(name, "slurmd", "-D", "-N", name)
 
     def kill_node(self, name: str) -> None:
-        """`kill -9` of a node's slurmd: to the controller the machine is lost, what runs there runs on."""
+        """`kill -9` of a node's slurmd and of all that it has started: the machine is lost."""
         daemon = self._daemons[name]
         daemon.kill()
         daemon.wait()
+        kill_all(f"SLURM_CONF={self.env['SLURM_CONF']}", f"SLURMD_NODENAME={name}")
 
     def call(self, *command: str) -> str:
         """What a client says; it must succeed."""
@@ -120,7 +120,13 @@ class Slurm:
         """Number of a job that `sbatch` has taken."""
         env = self.env | variables
         done = subprocess.run(
-            ["sbatch", "--parsable", *command], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+            ["sbatch", "--parsable", *command],
+            env=env,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip().partition(";")[0]
@@ -142,13 +148,13 @@ class Slurm:
 
     def told(self) -> str:
         """Ends of the daemons' logs, for a failure's message."""
-        return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-1500:]}" for path in self.folder.glob("*.log"))
+        return "\n".join(
+            f"--- {path.name}\n{path.read_text(errors='replace')[-1500:]}" for path in self.folder.glob("*.log")
+        )
 
     def stop(self) -> None:
         """End all jobs and daemons; nothing is left when this returns."""
-        for pid in processes(f"SLURM_CONF={self.env['SLURM_CONF']}"):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill_all(f"SLURM_CONF={self.env['SLURM_CONF']}")
         for daemon in self._daemons.values():
             daemon.kill()
             daemon.wait()
@@ -160,6 +166,15 @@ def wait_until(is_so: Callable[[], bool], timeout_s: float, why: Callable[[], st
     while not is_so():
         assert time.monotonic() < deadline, f"it did not happen in {timeout_s:.0f} s {why()}"
         time.sleep(0.1)
+
+
+def kill_all(*variables: str) -> None:
+    """SIGKILL for what `processes` finds, until it finds nothing."""
+    while found := processes(*variables):
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
 
 
 def processes(*variables: str) -> list[int]:
@@ -187,15 +202,24 @@ def cluster(folder: Path, slurmd_timeout_s: int = 20) -> Iterator[Slurm]:
     conf = folder / "slurm.conf"
     for name in ("state", *(f"spool.{node}" for node in NODES)):
         (folder / name).mkdir(parents=True)
-    conf.write_text(CONF.format(
-            host=host, user=user, ctld_port=ctld_port, folder=folder, slurmd_timeout=slurmd_timeout_s, nodes="\n".join(nodes)
-        ))
+    conf.write_text(
+        CONF.format(
+            host=host,
+            user=user,
+            ctld_port=ctld_port,
+            folder=folder,
+            slurmd_timeout=slurmd_timeout_s,
+            nodes="\n".join(nodes),
+        )
+    )
     for gpu in range(8):
         (folder / f"gpu{gpu}").symlink_to("/dev/null")  # it must be a device
     (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
     (folder / "munge.key").write_bytes(secrets.token_bytes(128))
     (folder / "munge.key").chmod(0o600)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "TORCHELASTIC_"))}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "TORCHELASTIC_"))
+    }
     slurm = Slurm(folder, kept | {"SLURM_CONF": str(conf), "PATH": _path()})
     try:
         files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munged.pid", "log-file": "munged.log"}
