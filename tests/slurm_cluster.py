@@ -21,7 +21,7 @@ from pathlib import Path
 
 from megatron_pz.engine.sglang.fleet import free_port
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 NODES = ("n1", "n2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 CONF = """\
@@ -93,6 +93,12 @@ class Slurm:
                 command, env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
             )
 
+    def runs(self) -> bool:
+        """True; an error where a daemon has ended."""
+        for name, daemon in self._daemons.items():
+            assert daemon.poll() is None, f"{name}: {(self.folder / f'{name}.out').read_text()[-2000:]}"
+        return True
+
     def start_node(self, name: str) -> None:
         """Start the slurmd of a node, anew where it was killed."""
         self.start(name, "slurmd", "-D", "-N", name)
@@ -136,13 +142,20 @@ class Slurm:
         words = self.call("scontrol", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, number: str, *states: str, timeout_s: float = 240.0) -> dict[str, str]:
-        """The job's fields as soon as it is in one of `states`; it must not end in another before."""
+    def wait(
+        self, number: str, *states: str, timeout_s: float = 240.0, told: Callable[[], str] | None = None
+    ) -> dict[str, str]:
+        """The job's fields as soon as it is in one of `states`; it must not end in another before.
+
+        Args:
+            told: for a failure's message.
+        """
+        told = told or self.told
         ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY"}
         deadline = time.monotonic() + timeout_s
         while (found := self.job(number))["JobState"] not in states:
-            assert found["JobState"] not in ended, f"{found}\n{self.told()}"
-            assert time.monotonic() < deadline, f"{found}\n{self.told()}"
+            assert found["JobState"] not in ended, f"{found}\n{told()}"
+            assert time.monotonic() < deadline, f"{found}\n{told()}"
             time.sleep(0.3)
         return found
 
@@ -196,6 +209,7 @@ def cluster(folder: Path, slurmd_timeout_s: int = 20) -> Iterator[Slurm]:
         folder: for all its files; not longer than a socket's name may be.
         slurmd_timeout_s: after so many seconds a node that does not answer is down.
     """
+    folder.chmod(0o755)  # munged insists
     host = socket.gethostname().partition(".")[0]
     nodes = [NODE.format(name=name, host=host, port=free_port("127.0.0.1")) for name in NODES]
     user, ctld_port = getpass.getuser(), free_port("127.0.0.1")
@@ -225,11 +239,11 @@ def cluster(folder: Path, slurmd_timeout_s: int = 20) -> Iterator[Slurm]:
         files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munged.pid", "log-file": "munged.log"}
         options = [f"--{option}={folder / name}" for option, name in files.items()]
         slurm.start("munged", "munged", "--foreground", f"--seed-file={folder}/munged.seed", *options)
-        wait_until((folder / "munge.socket").exists, START_TIMEOUT_S)
+        wait_until(lambda: slurm.runs() and (folder / "munge.socket").exists(), START_TIMEOUT_S)
         slurm.start("slurmctld", "slurmctld", "-D")
         for node in NODES:
             slurm.start_node(node)
-        wait_until(lambda: slurm.states() == ["idle"] * len(NODES), START_TIMEOUT_S)
+        wait_until(lambda: slurm.runs() and slurm.states() == ["idle"] * len(NODES), START_TIMEOUT_S, slurm.told)
         yield slurm
     finally:
         slurm.stop()
