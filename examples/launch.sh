@@ -72,6 +72,7 @@ elif [[ -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]]; then # the batch shell
     train "${again[@]}" "$@"
 elif [[ -n ${SLURM_JOB_ID:-} ]]; then # a task of srun, one a node
     source "$examples/slurm/slurm.sh"
+    [[ -n ${NODE_ADDRESSES:-} ]] || find_nodes "$SLURM_STEP_NODELIST" # srun by hand, without a batch shell
     run_on_nodes "$SLURM_NODEID" "$(own_address)" "${MASTER_ADDR:-$(first_address)}" \
         "${MASTER_PORT:-$((20000 + (SLURM_JOB_ID * 8 + ${SLURM_RESTART_COUNT:-0}) % 10000))}" "$@"
 elif ((NNODES > 1)); then

@@ -26,8 +26,8 @@ own_address() { grep -oP "(^| )${SLURMD_NODENAME:-$(hostname)}=\K[^ ]*" <<<"${NO
 first_address() { grep -oP '^[^=]*=\K[^ ]+' <<<"${NODE_ADDRESSES:-}" || scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1; }
 
 nodes=()
-find_nodes() {
-    read -ra nodes <<<"$(scontrol show hostnames "${SLURM_JOB_NODELIST:-}" 2>/dev/null | tr '\n' ' ')"
+find_nodes() { # the list of a job or step
+    read -ra nodes <<<"$(scontrol show hostnames "$1" 2>/dev/null | tr '\n' ' ')"
     while ((${#nodes[@]} < ${NNODES:-1})) && [[ ${DRY_RUN:-0} == 1 ]]; do nodes+=("node${#nodes[@]}"); done
     NODE_ADDRESSES=$(find_addresses "${nodes[@]}")
     export NODE_ADDRESSES
@@ -97,7 +97,7 @@ finish() { # exit status
 
 # Trains on the first NNODES nodes of the job, until the run is done or the time limit is near.
 train() { # command of a node's task
-    find_nodes
+    find_nodes "${SLURM_JOB_NODELIST:-}"
     start_step 0 "${NNODES:-${#nodes[@]}}" "$@"
     [[ ${DRY_RUN:-0} != 1 ]] || exit 0
     stop_at_time_limit "$step" USR1

@@ -1,4 +1,4 @@
-"""One Slurm for all tests of this folder, which run in one process of `make test`."""
+"""A Slurm for the tests of this folder that one process runs."""
 
 from __future__ import annotations
 
