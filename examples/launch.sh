@@ -38,12 +38,12 @@ run() {
     exec "$@"
 }
 
-# torchrun answers USR1 by dying without its workers, and TERM by killing them after 30 s. Here both tell the workers, by USR1, to
-# save the step that they are in; torchrun, in a process group of its own, hears of neither.
+# torchrun answers USR1 by dying without its workers. Here it is deaf to it, and USR1 or TERM for this shell tells the workers to save
+# the step that they are in. Slurm may signal this shell's process group or, by its cgroup, all processes: both end so.
 run_told() {
     [[ ${DRY_RUN:-0} != 1 ]] || run "$@"
     set -m
-    # Ignored until a worker has its handler, and by what has none, such as the processes that write a checkpoint.
+    # Deaf are the workers too, until they have their own handler.
     (trap '' USR1 && exec "$@") </dev/null &
     launcher=$!
     # shellcheck disable=SC2046 # process ids, one a word

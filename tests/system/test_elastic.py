@@ -101,6 +101,7 @@ def started():
             os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.timeout(600)  # three starts of two ranks
 def test_a_killed_rank_costs_a_restart_and_changes_no_number(tmp_path, started):
     corpus = write_text(tmp_path / "text.jsonl")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
