@@ -3,10 +3,13 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@600
 ''':' # Qwen3-8B on one node. Ways to start it and variables: launch.sh. Bash reads to the end, Python only its own half.
 set -euo pipefail
 self=${BASH_SOURCE[0]}
-if [[ -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]]; then # sbatch runs a copy
+if [[ $self == */slurm_script ]]; then # the copy that Slurm runs
     self=$(scontrol show job "$SLURM_JOB_ID" | grep -o 'Command=[^ ]*' | head -n 1 | cut -d= -f2)
 fi
 self=$(realpath "$self")

@@ -2,8 +2,9 @@
 
     python tools/serve.py CONFIG.toml [--flag value ...]
 
-Takes the run's own TOML file and flags: [sglang], [server], the model, and the run directory for logs and key. Prints
-what the trainer has to be given when all servers answer, starts a server that ends again, stops all on SIGTERM or Ctrl-C.
+Takes the run's own TOML file and flags: [sglang], [server], the model, and the run directory for logs and key; with
+--api-key-file the key is read from there. Prints what the trainer has to be given when all servers answer, starts a server
+that ends again, stops all on SIGTERM or Ctrl-C.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from megatron_pz.config.load import load_config
 from megatron_pz.config.rules import validate
 from megatron_pz.engine.sglang.fleet import KEY_FILE, LaunchedFleet, make_key
 from megatron_pz.engine.sglang.serve import public_urls, serve
-from megatron_pz.engine.sglang.specs import context_length, server_specs, server_urls
+from megatron_pz.engine.sglang.specs import context_length, read_key, server_specs, server_urls
 from megatron_pz.errors import ConfigError, MegatronPZError
 from megatron_pz.models.folder import read_hf_config, resolve_folder
 
@@ -35,10 +36,12 @@ def main(argv: Sequence[str]) -> int:
         run_dir = Path(config.checkpoint.run_dir)
         folder = resolve_folder(config.model.hf_model)
         length = context_length(config, read_hf_config(folder))
-        fleet = LaunchedFleet(server_specs(config, folder, run_dir, make_key(run_dir), context_length=length))
+        key_file = Path(config.sglang.api_key_file or run_dir / KEY_FILE)
+        key = read_key(config.sglang.api_key_file) or make_key(run_dir)
+        fleet = LaunchedFleet(server_specs(config, folder, run_dir, key, context_length=length))
 
         def ready() -> None:
-            where = f"--server-urls {','.join(public_urls(fleet.urls))} --api-key-file {(run_dir / KEY_FILE).resolve()}"
+            where = f"--server-urls {','.join(public_urls(fleet.urls))} --api-key-file {key_file.resolve()}"
             sys.stdout.write(f"ready: {where}\n")
             sys.stdout.flush()
 

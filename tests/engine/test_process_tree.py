@@ -135,6 +135,21 @@ def test_nothing_outlives_the_trainer(tmp_path, end):
     wait_until(lambda: not any(map(alive, found)))
 
 
+def test_what_a_killed_trainer_left_behind_is_gone_before_the_next_begins(tmp_path, tree):
+    (tmp_path / "tree.py").write_text(TREE)
+    script = TRAINER.replace(
+        "from megatron_pz", "from megatron_pz.engine.sglang import process\nprocess.GRACE_S = 3\nfrom megatron_pz"
+    ).replace('folder / "log"', 'folder / "logs" / "log"')
+    trainer = subprocess.Popen([sys.executable, "-c", script, str(tmp_path), "SIGKILL"])
+    before = pids(tmp_path)
+    wait_until((tmp_path / "waiting").exists)
+    trainer.kill()
+    trainer.wait()
+    checked = []
+    tree.start(lambda: checked.append([pid for pid in before if alive(pid)]))
+    assert checked == [[]]
+
+
 def test_an_exit_code_and_the_last_words_are_kept_without_the_noise_after_them(tmp_path):
     text = textwrap.dedent("""
         import sys

@@ -30,7 +30,9 @@ def test_a_script_is_bash_and_python_and_has_its_configurations(script):
     assert os.access(script, os.X_OK)
     compile(script.read_text(), str(script), "exec")
     assert started(["bash", "-n", script]).returncode == 0
-    run = f"{sys.executable} -m torch.distributed.run --nproc-per-node 8 --standalone {script} --lr 1e-6"
+    run = (
+        f"{sys.executable} -m torch.distributed.run --nproc-per-node 8 --max-restarts 3 --standalone {script} --lr 1e-6"
+    )
     assert dry(script, "--lr", "1e-6", GPUS_PER_NODE="8") == f"CONFIG='' NNODES=1 {run}"
     names = [f"{script.stem}_{nodes}node" for nodes in (1, 2, 4, 8)] if script == BIG else [script.stem]
     for name in names:
@@ -39,13 +41,21 @@ def test_a_script_is_bash_and_python_and_has_its_configurations(script):
 
 def test_several_nodes_are_told_where_they_stand_by_slurm_or_by_the_user():
     told = {"NNODES": "2", "GPUS_PER_NODE": "4"}
-    by_hand = dry(BIG, NODE_RANK="1", MASTER_ADDR="first", **told)
-    assert "--nproc-per-node 4 --nnodes 2 --node-rank 1 --master-addr first --master-port 29500" in by_hand
+    by_hand = dry(BIG, NODE_RANK="1", MASTER_ADDR="first", MAX_RESTARTS="1", **told)
+    assert "--nproc-per-node 4 --max-restarts 1 --nnodes 2 --rdzv-backend c10d --rdzv-endpoint first:29500" in by_hand
+    assert "is_host=0" in by_hand
     missing = started(["bash", BIG], **told)
     assert missing.returncode != 0 and "set NODE_RANK to the number of this node, 0 to 1" in missing.stderr
-    slurm = {"SLURM_JOB_ID": "123", "SLURM_STEP_ID": "0", "SLURM_NNODES": "2", "SLURM_NODEID": "1"}
-    task = dry(BIG, MASTER_ADDR="first", GPUS_PER_NODE="4", **slurm, SLURM_JOB_NODELIST="n[1-2]")
-    assert "--nnodes 2 --node-rank 1 --master-addr first --master-port 20123" in task
+    slurm = {
+        "SLURM_JOB_ID": "123",
+        "SLURM_STEP_ID": "0",
+        "SLURM_NNODES": "2",
+        "SLURM_NODEID": "1",
+        "SLURMD_NODENAME": "n2",
+    }
+    task = dry(BIG, NODE_ADDRESSES="n1=10.0.0.1 n2=10.0.0.2 ", GPUS_PER_NODE="4", **slurm)
+    assert "--nnodes 2 --rdzv-backend c10d --rdzv-endpoint 10.0.0.1:20984 --rdzv-id 123.0" in task
+    assert "is_host=0 --local-addr 10.0.0.2" in task
 
 
 @pytest.mark.parametrize(

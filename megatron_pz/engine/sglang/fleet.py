@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import random
 import secrets
 import socket
@@ -94,7 +95,8 @@ class LaunchedFleet:
         try:
             for index, spec in enumerate(self.specs):
                 self.servers.append(ServerProcess(self._with_port(spec)))
-                self._start(index)
+                fixed = functools.partial(refuse_taken, spec.host, spec.port) if spec.port else lambda: None
+                self._start(index, fixed)
         except BaseException:
             self.stop()
             raise
@@ -132,11 +134,11 @@ class LaunchedFleet:
         for thread in threads:
             thread.join()
 
-    def _start(self, index: int) -> None:
+    def _start(self, index: int, check: Callable[[], None] = lambda: None) -> None:
         with self._lock:  # a restart in the background must not outlive `stop`
             if self._is_stopped:
                 raise EngineError(f"The SGLang server at {self.servers[index].url} is not started: the run is ending.")
-            self.servers[index].start()
+            self.servers[index].start(check)
 
     async def _wait(self, index: int, timeout_s: float, progress: Progress) -> None:
         def tell(waited_s: float, line: str) -> None:
@@ -153,7 +155,6 @@ class LaunchedFleet:
 
     def _with_port(self, spec: ServerSpec) -> ServerSpec:
         if spec.port:
-            refuse_taken(spec.host, spec.port)
             return spec
         taken = {server.spec.port for server in self.servers}
         while (port := free_port(spec.host)) in taken:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_pz.engine.sglang import supervisor
 from megatron_pz.errors import EngineError
@@ -34,14 +37,18 @@ class ProcessTree:
         self._supervisor: subprocess.Popen[str] | None = None
         self._log_start = 0
 
-    def start(self) -> None:
-        """Start the command.
+    def start(self, check: Callable[[], None] = lambda: None) -> None:
+        """Start the command, once one of the same log that a killed program left behind has been ended by its supervisor.
+
+        Args:
+            check: called just before; raises where it must not be started.
 
         Raises:
-            EngineError: it cannot be started.
+            EngineError: it cannot be started, or another program keeps such a one.
         """
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.log_path, "ab", opener=_for_owner) as log:
+        with open(self.log_path, "ab", opener=_for_owner) as log, self._only_one() as lock:
+            check()
             self._log_start = log.tell()
             self._supervisor = subprocess.Popen(
                 [sys.executable, "-I", "-S", supervisor.__file__, str(os.getpid()), str(GRACE_S), *self.command],
@@ -51,6 +58,7 @@ class ProcessTree:
                 stderr=log,
                 start_new_session=True,
                 text=True,
+                pass_fds=[lock.fileno()],  # held until the supervisor has ended
             )
         assert self._supervisor.stdout is not None
         with self._supervisor.stdout as output:
@@ -59,6 +67,26 @@ class ProcessTree:
             self._supervisor.wait()
             raise EngineError(f"A process could not be started: {self.tail(1)}")
         self.pid = int(line)
+
+    def _only_one(self) -> BinaryIO:
+        """A locked file beside the log."""
+        path = self.log_path.with_suffix(".lock")
+        lock = path.open("wb")
+        deadline = time.monotonic() + GRACE_S + supervisor.KILL_TIMEOUT_S + 5
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return lock
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    lock.close()
+                    raise EngineError(
+                        f"{path} is locked: another program runs the server whose log lies beside it. End that, or give this run "
+                        "another --run-dir."
+                    ) from error
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                return lock
 
     def is_alive(self) -> bool:
         """Whether the command runs, or anything of it is still being cleaned up."""

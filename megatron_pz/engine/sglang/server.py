@@ -158,15 +158,18 @@ class ServerProcess:
         """SGLang's main process."""
         return self._tree.pid
 
-    def start(self) -> None:
+    def start(self, check: Callable[[], None] = lambda: None) -> None:
         """Start it; it is ready later.
+
+        Args:
+            check: see `ProcessTree.start`.
 
         Raises:
             EngineError: its interpreter or SGLang is missing, or SGLang's version is not supported.
         """
         check_version(installed_version(self.spec.python, self._env), self.spec.python)
         write_secret(self._config_path, json.dumps({"api-key": self.spec.api_key}))  # JSON is YAML
-        self._tree.start()
+        self._tree.start(check)
 
     async def wait_ready(self, timeout_s: float, progress: Callable[[float, str], None] = lambda *_: None) -> None:
         """Wait until it generates.

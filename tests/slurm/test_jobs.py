@@ -1,0 +1,150 @@
+"""The scripts of examples/slurm, submitted to a real Slurm of two nodes: what happens to a job changes none of its numbers."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from demo_runs import ROOT, arguments, checkpoints, rows, write_text
+from slurm_cluster import wait_until
+
+SCRIPTS = ROOT / "examples" / "slurm"
+VARIABLES = {
+    "CONFIG": str(ROOT / "examples" / "demo.toml"),
+    "GPUS_PER_NODE": "1",
+    "PYTHON": sys.executable,
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+}
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("jobs")
+    return folder, write_text(folder / "text.jsonl")
+
+
+def flags(place, run_dir, **more):
+    """The command line of a short run of the demo policy, without its configuration, which CONFIG names."""
+    given = {"train_iters": STEPS, "save_interval": 3, "eval_interval": 4, **more}
+    return arguments(run_dir, place[1], **given)[1:]
+
+
+def num_rows(run_dir):
+    file = run_dir / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def without_clock(run_dir):
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows(run_dir)]
+
+
+@pytest.mark.timeout(900)  # three starts of two ranks, and Slurm's own waits
+def test_a_job_of_two_nodes_is_queued_again_twice_and_ends_with_the_numbers_of_an_undisturbed_run(slurm, place):
+    folder, run_dir, whole = place[0], place[0] / "run", place[0] / "whole"
+    out = folder / "job.out"
+
+    def told():
+        return out.read_text(errors="replace")[-5000:] + slurm.told()
+
+    job = slurm.submit(
+        "--nodes=2", f"--output={out}", str(SCRIPTS / "train.sbatch"), *flags(place, run_dir), **VARIABLES
+    )
+    # The time limit is near, as Slurm would say it: in the middle, not at a checkpoint's step.
+    wait_until(lambda: num_rows(run_dir) >= 2, 240, told)  # one row a step, from step 0
+    slurm.call("scancel", "--signal=USR1", "--batch", job)
+    wait_until(lambda: slurm.job(job)["Restarts"] == "1", 120, told)
+    stopped_after = int(rows(run_dir)[-1]["step"])
+    assert checkpoints(run_dir)[-1] == f"step_{stopped_after:06d}" and stopped_after < STEPS
+    assert f"stopped by SIGUSR1 after step {stopped_after}" in told() and "saved before the time limit" in told()
+
+    # It runs again, and a node is lost.
+    wait_until(lambda: num_rows(run_dir) > stopped_after + 1, 240, told)
+    slurm.kill_node("n2")
+    wait_until(lambda: slurm.job(job)["Restarts"] == "2", 120, told)
+    assert num_rows(run_dir) < STEPS + 1
+    slurm.start_node("n2")
+
+    undisturbed = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "megatron_pz",
+    ]
+    done = subprocess.run(
+        [*undisturbed, VARIABLES["CONFIG"], *flags(place, whole)],
+        env=slurm.env | VARIABLES,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    slurm.wait(job, "COMPLETED", told=told)
+    assert "continuing after step" in told()
+    assert without_clock(run_dir) == without_clock(whole)  # to the last bit
+    assert (run_dir / "rollouts.jsonl").read_text() == (whole / "rollouts.jsonl").read_text()
+    assert [row["step"] for row in rows(run_dir)] == list(range(STEPS + 1))
+    assert any(row.get("loss") for row in rows(run_dir)), "no step learned anything"
+
+
+def test_a_job_that_fails_is_not_queued_again(slurm, place):
+    out = place[0] / "failed.out"
+    script = str(SCRIPTS / "train.sbatch")
+    job = slurm.submit("--nodes=2", f"--output={out}", script, "--lr=-1", **VARIABLES, MAX_RESTARTS="0")
+    found = slurm.wait(job, "FAILED")
+    assert found["Restarts"] == "0" and "train.lr is -1.0" in out.read_text()
+
+
+def test_a_conversion_job(slurm, place):
+    hf, there, back = ROOT / "examples" / "demo_policy", place[0] / "megatron", place[0] / "hf"
+    size = ["--cpus-per-task=1", "--mem=1"]
+    script = str(SCRIPTS / "convert.sbatch")
+    out = place[0] / "convert.out"
+    to = slurm.submit(*size, f"--output={out}", script, str(hf), str(there), "--to=megatron", "--verify", **VARIABLES)
+    # afterok: the way back begins when the way there is done
+    job = slurm.submit(
+        *size,
+        f"--output={out}",
+        f"--dependency=afterok:{to}",
+        script,
+        str(there),
+        str(back),
+        "--to=hf",
+        f"--hf-model={hf}",
+        **VARIABLES,
+    )
+    slurm.wait(job, "COMPLETED", told=lambda: out.read_text() + slurm.told())
+    assert any(back.glob("*.safetensors")) and "equals the source bit for bit" in out.read_text()
+
+
+def test_a_script_that_is_bash_and_python_is_taken_by_sbatch(slurm, place):
+    out = place[0] / "dry.out"
+    script = str(ROOT / "examples" / "pretrain_zero_30b.sh")
+    variables = {name: value for name, value in VARIABLES.items() if name not in ("CONFIG", "GPUS_PER_NODE")}
+    job = slurm.submit("--nodes=2", f"--output={out}", script, "--lr=1e-6", **variables, DRY_RUN="1")
+    slurm.wait(job, "COMPLETED")
+    srun = "srun --nodes 2 --ntasks 2 --ntasks-per-node 1 --nodelist n1,n2 --kill-on-bad-exit=1"
+    assert out.read_text().replace("\\", "") == f"CONFIG='' NNODES=2 {srun} bash {script} --lr=1e-6\n"
+    task = slurm.call(
+        "env",
+        *(f"{name}={value}" for name, value in variables.items()),
+        "DRY_RUN=1",
+        *srun.split(),
+        "--gpus-per-node=8",
+        script,
+    )
+    lines = sorted(task.splitlines(), key=lambda line: "is_host=0" in line)
+    assert len(lines) == 2
+    for line, is_host in zip(lines, (1, 0), strict=True):
+        assert "--nproc-per-node 8 --max-restarts 3 --nnodes 2 --rdzv-backend c10d" in line  # a node's GPUs, by Slurm
+        assert f"is_host={is_host}" in line and line.endswith(f"{script}")
+
+
+@pytest.mark.parametrize("path", sorted(SCRIPTS.iterdir()), ids=lambda path: path.name)
+def test_a_script_is_correct_bash(path: Path):
+    assert subprocess.run(["bash", "-n", path]).returncode == 0
