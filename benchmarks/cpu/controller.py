@@ -241,9 +241,9 @@ def play(
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "short": {"rollouts": 10_000, "mean_tokens": 64, "num_servers": 32, "at_once": 1024},
-    "long": {"rollouts": 5_000, "mean_tokens": 1024, "num_servers": 32, "at_once": 1024},
-    "many servers": {"rollouts": 10_000, "mean_tokens": 64, "num_servers": 256, "at_once": 1024},
+    "short": {"rollouts": 5_000, "mean_tokens": 64, "num_servers": 32, "at_once": 1024},
+    "long": {"rollouts": 2_500, "mean_tokens": 1024, "num_servers": 32, "at_once": 1024},
+    "many servers": {"rollouts": 5_000, "mean_tokens": 64, "num_servers": 256, "at_once": 1024},
     "many at once": {"rollouts": 10_000, "mean_tokens": 64, "num_servers": 32, "at_once": 8192},
     "100 000": {"rollouts": 100_000, "mean_tokens": 128, "num_servers": 64, "at_once": 2048},
 }

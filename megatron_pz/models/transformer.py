@@ -148,8 +148,8 @@ def transformer_config(family: Family, hf: HfConfig, config: Config, platform: P
 
 
 def _correct_router_losses(fields: dict[str, Any]) -> None:
-    """Undo a fault of megatron-core below 0.19: under sequence or context parallelism with a per-token loss it scales the router's losses
-    by the tokens of one rank, and makes their gradients smaller by the number of ranks that share a micro-batch.
+    """Undo a fault of megatron-core below 0.19: under sequence or context parallelism with a per-token loss it scales the
+    router's losses by the tokens of one rank, which makes their gradients smaller by the number of ranks that share them.
     """
     size = fields["context_parallel_size"]
     if fields["sequence_parallel"]:

@@ -16,7 +16,6 @@ from megatron_pz.game.seeds import derive
 from megatron_pz.game.spans import SpanReading, read_span
 from megatron_pz.types import Completion, Generate, Mask, Paragraph, Role, Rollout, SamplingParams, Tokenizer
 
-
 PROMPTS_KEPT = 1024
 """Made last, of both roles: some tens of megabytes."""
 
