@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_pz" / "__init__.py").read_text(encoding="utf-8"))[1]
 
+# Python, megatron-core, torch and transformers are also told by megatron_pz/platform/versions.py, which a run looks at.
 BASE = [
     # 0.16.1 is the newest for Python 3.11, 0.19.2 the newest tried on 3.12.
     "megatron-core>=0.16.1,<0.20",
@@ -69,7 +70,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.13",
     packages=find_packages(include=["megatron_pz", "megatron_pz.*"]),
     package_data={
         "megatron_pz": ["py.typed"],

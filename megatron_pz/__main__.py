@@ -1,8 +1,31 @@
 """`python -m megatron_pz CONFIG.toml [--field value ...]` trains; see `megatron_pz.train.launch`."""
 
+import os
 import sys
+import time
 
-from megatron_pz.train.launch import main
+from megatron_pz.errors import VersionError
+from megatron_pz.platform.versions import check_versions
+
+GRACE_S = 20.0
+"""What the other ranks of a node give the first to say what is wrong: torchrun ends all with the first that leaves."""
+
+
+def main() -> int:
+    """Exit status of the run; 2 where the environment is not a supported one."""
+    try:
+        check_versions()
+    except VersionError as error:
+        if int(os.environ.get("LOCAL_RANK", "0")):
+            time.sleep(GRACE_S)
+        else:  # nodes may differ
+            who = f"rank {rank}: " if (rank := os.environ.get("RANK", "0")) != "0" else ""
+            sys.stderr.write(f"{who}{type(error).__name__}: {error}\n")
+        return 2
+    from megatron_pz.train import launch  # other versions may fail on the way
+
+    return launch.main(sys.argv[1:])
+
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

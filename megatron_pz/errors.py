@@ -1,6 +1,7 @@
 """The errors that a user can do something about.
 
     MegatronPZError
+    ├── VersionError       Python or a package outside of the supported range
     ├── ConfigError        a field, a file of settings, or a combination of them
     │   └── LayoutError    parallel sizes that do not divide
     ├── CorpusError        text that cannot be read or used
@@ -19,6 +20,10 @@ A message names the thing, what was found, what was wanted and the way out. `ass
 
 class MegatronPZError(Exception):
     """Root of every error that this package raises for its users."""
+
+
+class VersionError(MegatronPZError):
+    """Python or a package is missing, older or newer than what is supported."""
 
 
 class ConfigError(MegatronPZError, ValueError):

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import setuptools
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import megatron_pz
+from megatron_pz.platform.versions import SUPPORTED
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_pz"
@@ -64,6 +66,13 @@ def test_every_file_that_is_not_code_is_packaged(metadata):
 def test_the_version_is_the_packages_and_the_changelogs(metadata):
     assert metadata["version"] == megatron_pz.__version__
     assert f"## [{megatron_pz.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_ranges_that_a_run_checks_are_those_of_the_installation(metadata):
+    asked = {requirement.name: requirement.specifier for requirement in requirements(metadata, [])}
+    checked = dict(SUPPORTED)
+    assert SpecifierSet(checked.pop("Python")) == SpecifierSet(metadata["python_requires"])
+    assert {name: SpecifierSet(wanted) for name, wanted in checked.items()} == {name: asked[name] for name in checked}
 
 
 @pytest.mark.parametrize("name", ["py311.txt", "py312.txt"])

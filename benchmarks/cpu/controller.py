@@ -5,12 +5,16 @@ Rank 0 plays the game, talks HTTP to the servers, keeps the journal of completio
 code of rank 0 is the package's. CPU-seconds are told by thread and stage; the rate at which it saturates is rollouts over
 the CPU-seconds of all its threads. Several lengths tell what a rollout takes from what a token takes.
 
-Usage: controller.py [--rollouts 100000] [--out benchmarks/records/controller] [--only NAME]
+`--beside DIR` plays each case by turns with the package of another checkout too, for a ratio in one run; a last round of
+one request at a time tells whether both write the same rollouts.jsonl.
+
+Usage: controller.py [--beside DIR] [--cases "short;long"] [--out benchmarks/records/controller]
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -20,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -28,25 +32,35 @@ from types import SimpleNamespace
 from typing import Any
 
 import psutil
+from controller_table import parts_of, ratios, tabulated
+from parts_meter import Parts, watch_json
 from streaming import cpu_name
 
-from megatron_pz.batch.balance import Cost
-from megatron_pz.batch.schedule import hands
-from megatron_pz.checkpoint.journal import CompletionJournal
-from megatron_pz.config.load import load_config
-from megatron_pz.corpus.tokenizer import load_tokenizer
-from megatron_pz.engine.sglang.client import Client
-from megatron_pz.engine.sglang.engine import SGLangEngine
-from megatron_pz.engine.sglang.io_thread import IoThread
-from megatron_pz.engine.sglang.pool import Pool
-from megatron_pz.game.prompts import Templates
-from megatron_pz.report.writers import RunWriter
-from megatron_pz.tasks.journal_rows import journal_rows
-from megatron_pz.tasks.pretrain_zero import PretrainZero
-from megatron_pz.tasks.stragglers import Stragglers
-from megatron_pz.train.collector import collect, spare_collector
-from megatron_pz.train.play import GamePlayer
-from megatron_pz.types import Paragraph
+PARTS = Parts()
+watch_json(PARTS)  # aiohttp keeps what it finds
+
+import megatron_pz  # noqa: E402
+from megatron_pz.batch import schedule  # noqa: E402
+from megatron_pz.batch.balance import Cost  # noqa: E402
+from megatron_pz.batch.schedule import hands  # noqa: E402
+from megatron_pz.checkpoint import journal  # noqa: E402
+from megatron_pz.checkpoint.journal import CompletionJournal  # noqa: E402
+from megatron_pz.config.load import load_config  # noqa: E402
+from megatron_pz.corpus.tokenizer import HFTokenizer, load_tokenizer  # noqa: E402
+from megatron_pz.engine.sglang.client import Client  # noqa: E402
+from megatron_pz.engine.sglang.engine import SGLangEngine  # noqa: E402
+from megatron_pz.engine.sglang.io_thread import IoThread  # noqa: E402
+from megatron_pz.engine.sglang.pool import Pool  # noqa: E402
+from megatron_pz.game.prompts import Templates  # noqa: E402
+from megatron_pz.report.jsonl import JsonLines  # noqa: E402
+from megatron_pz.report.writers import RunWriter  # noqa: E402
+from megatron_pz.tasks import ask, grouping, pretrain_zero  # noqa: E402
+from megatron_pz.tasks.journal_rows import journal_rows  # noqa: E402
+from megatron_pz.tasks.pretrain_zero import PretrainZero  # noqa: E402
+from megatron_pz.tasks.stragglers import Stragglers  # noqa: E402
+from megatron_pz.train.collector import collect, spare_collector  # noqa: E402
+from megatron_pz.train.play import GamePlayer  # noqa: E402
+from megatron_pz.types import Paragraph  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -54,8 +68,30 @@ POLICY = "examples/demo_policy"
 COST = Cost(6.08e9, 3.93e5)  # of Qwen3-30B-A3B
 PROMPT_TOKENS = 300
 SIGMA = 0.8
+LATENCY_S = 0.05
 PROCESSES = 2
 DP_SIZE = 64
+
+
+WATCHED: tuple[tuple[str, Any, str], ...] = (
+    ("tokenizing: encode", HFTokenizer, "encode"),
+    ("tokenizing: decode", HFTokenizer, "decode"),
+    ("requests checked", Client, "check"),
+    ("replies read", Client, "_completion"),
+    ("servers chosen", Pool, "live"),
+    ("journal: key", journal, "request_key"),
+    ("journal: row", journal, "to_row"),
+    ("files: append", JsonLines, "append"),
+    ("files: fsync", JsonLines, "sync"),
+    ("game: span read", ask, "read_span"),
+    ("game: answer read", ask, "read_answer"),
+    ("game: seeds", ask, "derive"),
+    ("game: seeds", pretrain_zero, "derive"),
+    ("game: rewards", ask, "prediction_reward"),
+    ("advantages", grouping, "advantages"),
+    ("packing", schedule, "share_out"),
+)
+"""What is counted by itself, in `tabulated`'s second table: part, owner and name. JSON is counted by thread."""
 
 
 class Meter:
@@ -103,12 +139,13 @@ def paragraphs(count: int, folder: Path) -> tuple[list[Paragraph], Path]:
 
 
 @contextmanager
-def fakes(corpus: Path, num_servers: int, mean_tokens: float) -> Iterator[list[str]]:
+def fakes(corpus: Path, num_servers: int, mean_tokens: float, latency_s: float) -> Iterator[list[str]]:
     """Their addresses."""
-    command = [sys.executable, str(HERE / "fake_servers.py"), str(corpus), str(num_servers // PROCESSES)]
+    processes_wanted = min(PROCESSES, num_servers)
+    command = [sys.executable, str(HERE / "fake_servers.py"), str(corpus), str(num_servers // processes_wanted)]
+    command += [str(mean_tokens), str(SIGMA), str(latency_s)]
     processes = [
-        subprocess.Popen([*command, str(mean_tokens), str(SIGMA)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        for _ in range(PROCESSES)
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(processes_wanted)
     ]
     try:
         ports = [port for one in processes for port in json.loads(one.stdout.readline())]  # type: ignore[union-attr]
@@ -116,13 +153,26 @@ def fakes(corpus: Path, num_servers: int, mean_tokens: float) -> Iterator[list[s
     finally:
         for one in processes:
             one.stdin.close()  # type: ignore[union-attr]
-            one.wait(30)
+        for one in processes:
+            try:
+                one.wait(60)
+            except subprocess.TimeoutExpired:
+                one.kill()  # they hold nothing
 
 
 def play(
-    num_paragraphs: int, mean_tokens: float, num_servers: int, at_once: int, spared: bool, folder: Path
+    num_paragraphs: int,
+    mean_tokens: float,
+    num_servers: int,
+    at_once: int,
+    folder: Path,
+    *,
+    spared: bool = True,
+    latency_s: float = LATENCY_S,
 ) -> dict[str, Any]:
     """One round as the main loop has it, measured; without `spared`, with Python's own collector."""
+    for part, owner, name in WATCHED:
+        PARTS.watch(part, owner, name)
     texts, corpus = paragraphs(num_paragraphs, folder)
     config = load_config(
         ["examples/demo.toml", *"--max-response-tokens 4096 --max-prompt-tokens 1024 --engine sglang".split()]
@@ -133,7 +183,7 @@ def play(
     meter = Meter()
     if spared:
         spare_collector()
-    with fakes(corpus, num_servers, mean_tokens) as urls:
+    with fakes(corpus, num_servers, mean_tokens, latency_s) as urls:
         io = IoThread()
         clients = [Client(url, "", vocab_size=tokenizer.vocab_size, context_length=8192) for url in urls]
         pool = Pool(clients, at_once, 600.0)
@@ -150,6 +200,7 @@ def play(
             lambda generate, step, version: record.keep(generate, step, weights="w", versions=(0, 0)),
         )
         before = psutil.Process().memory_info().rss
+        PARTS.forget()
         with meter.stage("play"):
             begun = player.begin(1, texts, 0)
             engine.finish(begun.begun)
@@ -180,106 +231,104 @@ def play(
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "journal_bytes": sum(file.stat().st_size for file in (folder / "journal").iterdir()),
         "rollouts_bytes": (folder / "rollouts.jsonl").stat().st_size,
+        "rollouts_sha256": hashlib.sha256((folder / "rollouts.jsonl").read_bytes()).hexdigest(),
         "stages": meter.stages,
+        "parts": {
+            part: {"cpu_s": seconds, "calls": PARTS.calls[part]}
+            for part, seconds in sorted(PARTS.seconds.items(), key=lambda item: -item[1])
+        },
     }
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "short": {"rollouts": 10_000, "mean_tokens": 64, "num_servers": 32, "at_once": 1024},
-    "long, own collector": {
-        "rollouts": 5_000,
-        "mean_tokens": 1024,
-        "num_servers": 32,
-        "at_once": 1024,
-        "spared": False,
-    },
-    "long": {"rollouts": 5_000, "mean_tokens": 1024, "num_servers": 32, "at_once": 1024},
-    "many servers": {"rollouts": 10_000, "mean_tokens": 64, "num_servers": 256, "at_once": 1024},
+    "short": {"rollouts": 5_000, "mean_tokens": 64, "num_servers": 32, "at_once": 1024},
+    "long": {"rollouts": 2_500, "mean_tokens": 1024, "num_servers": 32, "at_once": 1024},
+    "many servers": {"rollouts": 5_000, "mean_tokens": 64, "num_servers": 256, "at_once": 1024},
     "many at once": {"rollouts": 10_000, "mean_tokens": 64, "num_servers": 32, "at_once": 8192},
     "100 000": {"rollouts": 100_000, "mean_tokens": 128, "num_servers": 64, "at_once": 2048},
 }
 """A round each; every paragraph has 8 masks with 8 predictions each."""
+SPARED = "long, own collector"
+ORDERLY: dict[str, Any] = {"rollouts": 1440, "mean_tokens": 64, "num_servers": 1, "at_once": 1, "latency_s": 0.0}
+"""A round in which requests follow each other: what fakes draw does not depend on who is faster."""
 
 
-def case(name: str) -> dict[str, Any]:
-    """Played in a process of its own, for its memory."""
-    command = [sys.executable, __file__, "--only", name]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+def case(settings: Mapping[str, Any], tree: Path = ROOT) -> dict[str, Any]:
+    """Played with the package of `tree` in a process of its own, for its memory."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--only", json.dumps(settings)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tree)},
+    )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if not Path(found["package"]).is_relative_to(tree):
+        raise SystemExit(f"controller: error: {found['package']} was played, {tree} was meant.")
     return found
 
 
-def alone(name: str) -> dict[str, Any]:
+def alone(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The case, in this process."""
-    settings = CASES[name]
+    given = {name: value for name, value in settings.items() if name != "rollouts"}
     with tempfile.TemporaryDirectory() as folder:
-        found = play(
-            round(settings["rollouts"] / 72),
-            settings["mean_tokens"],
-            settings["num_servers"],
-            settings["at_once"],
-            settings.get("spared", True),
-            Path(folder),
-        )
+        found = play(round(settings["rollouts"] / 72), folder=Path(folder), **given)
     cpu_s = sum(stage["cpu_s"] for stage in found["stages"].values())
-    return settings | found | {"cpu_s": cpu_s, "rollouts_a_second": found["rollouts"] / cpu_s}
-
-
-def tabulated(found: dict[str, dict[str, Any]]) -> str:
-    """CPU-ms a rollout by stage, a column a case."""
-    stages = list(list(found.values())[-1]["stages"])
-    head = "| CPU-ms a rollout | " + " | ".join(found) + " |\n|---|" + "---|" * len(found) + "\n"
-
-    def line(title: str, values: Sequence[str]) -> str:
-        return f"| {title} | " + " | ".join(values) + " |\n"
-
-    each = list(found.values())
-    table = head + line("rollouts", [f"{one['rollouts']}" for one in each])
-    table += line("mean tokens of a response", [f"{one['tokens'] / one['rollouts']:.0f}" for one in each])
-    table += line("servers, requests under way", [f"{one['num_servers']}, {one['at_once']}" for one in each])
-    for stage in stages:
-        table += line(
-            stage, [f"{1e3 * one['stages'].get(stage, {'cpu_s': 0})['cpu_s'] / one['rollouts']:.3f}" for one in each]
-        )
-        if stage == "play":
-            for thread in ("server talk", "completion journal", "MainThread"):
-                seconds = [one["stages"][stage].get(f"cpu_s of {thread}", 0.0) for one in each]
-                values = [f"{1e3 * s / one['rollouts']:.3f}" for s, one in zip(seconds, each, strict=True)]
-                table += line(f"- of these, thread {thread!r}", values)
-    table += line("**all**", [f"**{1e3 * one['cpu_s'] / one['rollouts']:.3f}**" for one in each])
-    table += line("rollouts a second at most", [f"{one['rollouts_a_second']:.0f}" for one in each])
-    table += line("tokens a second at most", [f"{one['tokens'] / one['cpu_s']:.0f}" for one in each])
-    table += line("memory a rollout, kB", [f"{one['rss_bytes'] / one['rollouts'] / 1e3:.1f}" for one in each])
-    table += line("memory, peak, GB", [f"{one['peak_bytes'] / 1e9:.2f}" for one in each])
-    table += line("journal a rollout, kB", [f"{one['journal_bytes'] / one['rollouts'] / 1e3:.1f}" for one in each])
-    table += line(
-        "rollouts.jsonl a rollout, kB", [f"{one['rollouts_bytes'] / one['rollouts'] / 1e3:.1f}" for one in each]
-    )
-    return table
+    package = {"package": megatron_pz.__file__}
+    return {**settings, **found, **package, "cpu_s": cpu_s, "rollouts_a_second": found["rollouts"] / cpu_s}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=CASES, help="one case, as JSON, without a record")
+    parser.add_argument("--only", help="settings of one case, as JSON; told as JSON, without a record")
+    parser.add_argument("--cases", default=";".join(CASES), help="names, with semicolons between them")
+    parser.add_argument("--beside", type=Path, help="another checkout, played by turns with this one")
+    parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/records/controller")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     if arguments.only:
-        sys.stdout.write(json.dumps(alone(arguments.only)) + "\n")
+        sys.stdout.write(json.dumps(alone(json.loads(arguments.only))) + "\n")
         return
-    found = {name: case(name) for name in CASES}
-    record = {"date": str(date.today()), "cpu": cpu_name(), "load_average": os.getloadavg(), "cases": found}
-    arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    chosen = {name: CASES[name] for name in arguments.cases.split(";")}
+    ours: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
+    theirs: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
+    record: dict[str, Any] = {"date": str(date.today()), "cpu": cpu_name(), "load_average": os.getloadavg()}
+    for name, settings in chosen.items():
+        for _ in range(arguments.turns):
+            if arguments.beside:
+                theirs[name].append(case(settings, arguments.beside.resolve()))
+            ours[name].append(case(settings))
+    last = {name: found[-1] for name, found in ours.items()}
+    if "long" in chosen:
+        last[SPARED] = case(chosen["long"] | {"spared": False})
     text = (
         "# Rank 0 beside fake servers\n\n"
         f"{record['date']}, {record['cpu']}. A round of PretrainZero with the package's code; servers are fakes that answer at "
         f"once. Prompts of about {PROMPT_TOKENS} tokens, responses log-normal (sigma {SIGMA}), 8 masks a paragraph and 8 predictions "
         f"a mask, {DP_SIZE} data-parallel ranks. CPU-milliseconds of rank 0's process, all threads: it is one Python process, so a "
-        "second of them is a second at least.\n\n"
-        f"{tabulated(found)}"
+        f"second of them is a second at least.\n\n{tabulated(last)}\n## By part\n\n{parts_of(last)}"
     )
+    record["cases"] = ours | {SPARED: [last[SPARED]]} if SPARED in last else ours
+    if arguments.beside:
+        both = [case(ORDERLY, tree)["rollouts_sha256"] for tree in (arguments.beside.resolve(), ROOT)]
+        record |= {"beside": theirs, "rollouts_sha256": both}
+        text += (
+            f"\n## Beside {commit_of(arguments.beside)}, by turns\n\n{ratios(ours, theirs)}\nA round of {ORDERLY['rollouts']} "
+            f"rollouts with one request at a time: rollouts.jsonl is {'equal' if both[0] == both[1] else 'NOT equal'} to the byte.\n"
+        )
+    arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
     print("\n" + text)
+
+
+def commit_of(tree: Path) -> str:
+    """Its commit, short."""
+    shown = subprocess.run(
+        ["git", "-C", tree, "rev-parse", "--short", "HEAD"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return shown.stdout.strip()
 
 
 if __name__ == "__main__":

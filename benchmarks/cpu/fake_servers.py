@@ -3,7 +3,9 @@
 They generate nothing. A reply is filler of a drawn length and then a mask of a word of the paragraph, or half of the time
 the word that was hidden. It is made once a prompt, so that the fakes take less time than whoever asks them.
 
-Usage: fake_servers.py CORPUS NUM_SERVERS MEAN_TOKENS SIGMA, prints one line of ports as JSON and serves until its input ends
+Usage: fake_servers.py CORPUS NUM_SERVERS MEAN_TOKENS SIGMA LATENCY_S
+prints one line of ports as JSON and serves until its input ends. A reply takes up to twice LATENCY_S, by lot: requests are
+under way together.
 """
 
 from __future__ import annotations
@@ -22,21 +24,18 @@ from megatron_pz.corpus.tokenizer import load_tokenizer
 
 POLICY = "examples/demo_policy"
 VARIANTS = 4
-"""Different replies to a prompt, in turn."""
-LATENCY_S = 0.05
-"""Of a reply, drawn up to twice of it: requests are under way together."""
+"""Different replies to a prompt."""
 
 
 class Fakes:
     """What all fakes of this process know."""
 
-    def __init__(self, corpus: Path, mean_tokens: float, sigma: float) -> None:
+    def __init__(self, corpus: Path, mean_tokens: float, sigma: float, latency_s: float) -> None:
         self.texts = [json.loads(line)["text"] for line in corpus.read_text(encoding="utf-8").splitlines()]
         self.tokenizer = load_tokenizer(POLICY)
-        self.mean_tokens, self.sigma = mean_tokens, sigma
+        self.mean_tokens, self.sigma, self.latency_s = mean_tokens, sigma, latency_s
         self.rng = random.Random(0)
         self._bodies: dict[tuple[int, ...], list[bytes]] = {}
-        self._asked: dict[tuple[int, ...], int] = {}
 
     async def generate(self, request: web.Request) -> web.Response:
         """A reply to /generate."""
@@ -44,9 +43,10 @@ class Fakes:
         prompt = tuple(body["input_ids"])
         if prompt not in self._bodies:
             self._bodies[prompt] = self._replies(prompt, body["sampling_params"]["max_new_tokens"])
-        self._asked[prompt] = self._asked.get(prompt, -1) + 1
-        await asyncio.sleep(self.rng.uniform(0, 2 * LATENCY_S))
-        return web.Response(body=self._bodies[prompt][self._asked[prompt] % VARIANTS], content_type="application/json")
+        body_bytes = self.rng.choice(self._bodies[prompt])  # by lot: in turns, equal groups get equal answers
+        if self.latency_s:
+            await asyncio.sleep(self.rng.uniform(0, 2 * self.latency_s))
+        return web.Response(body=body_bytes, content_type="application/json")
 
     def _replies(self, prompt: tuple[int, ...], longest: int) -> list[bytes]:
         text = self.tokenizer.decode(prompt)
@@ -104,4 +104,5 @@ async def serve(fakes: Fakes, num_servers: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(Fakes(Path(sys.argv[1]), float(sys.argv[3]), float(sys.argv[4])), int(sys.argv[2])))
+    corpus_file, count, *drawn = sys.argv[1:]
+    asyncio.run(serve(Fakes(Path(corpus_file), *map(float, drawn)), int(count)))

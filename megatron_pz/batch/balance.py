@@ -134,11 +134,13 @@ def _bins(lengths: Sequence[int], work: Sequence[float], max_tokens: int, multip
     most = -(-len(packed) // multiple) * multiple
     fewest = -(-least(lengths, max_tokens, 1)[0] // multiple) * multiple
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    for num_bins in range(fewest, most, multiple):
-        if (found := _dealt(order, lengths, work, max_tokens, num_bins, TIGHT_SHARE)) is not None:
-            return found
-    if most == 1:
-        return packed
+    tight: Bins | None = None
+    while fewest < most:  # by halves: a few attempts however many samples there are
+        num_bins = fewest + (most - fewest) // multiple // 2 * multiple
+        found = _dealt(order, lengths, work, max_tokens, num_bins, TIGHT_SHARE)
+        tight, fewest, most = (tight, num_bins + multiple, most) if found is None else (found, fewest, num_bins)
+    if tight is not None or most == 1:
+        return tight or packed
     if (found := _dealt(order, lengths, work, max_tokens, most, SHARES[0])) is not None:
         return found
     below, above, best = 0, len(SHARES) - 1, None  # a smaller share leaves more room

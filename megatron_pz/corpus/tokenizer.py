@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,20 @@ class HFTokenizer:
                 f"The tokenizer {name} has no end token: none in its own files, in generation_config.json or among "
                 f"{', '.join(END_OF_TURN)}. Set `eos_token` in its tokenizer_config.json."
             )
+        self._ends = frozenset(self.eos_token_ids)
+        self._decode = _decoder(tokenizer)
         self.bos_token_ids = self._put_in_front()
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:
-        kept = [int(i) for i in ids if i not in self.eos_token_ids]
-        return str(self._tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        kept = [*map(int, ids)]
+        if kept and kept[-1] in self._ends:
+            kept.pop()
+        if not self._ends.isdisjoint(kept):  # a response ends with the first
+            kept = [i for i in kept if i not in self._ends]
+        return self._decode(kept)
 
     def apply_chat(self, user: str) -> list[int]:
         """Ids of one user turn, ready for the answer.
@@ -112,6 +119,23 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             "Wanted a folder with tokenizer.json and tokenizer_config.json, a hub name, or a SentencePiece .model file."
         ) from error
     return HFTokenizer(loaded, str(path), _generation_eos_ids(place))
+
+
+def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
+    """Text of ids, special tokens kept and nothing cleaned up.
+
+    Of a tokenizer whose class leaves decoding to `tokenizers`, that library is asked itself: on the way there `transformers`
+    looks at the type of each id.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    own = type(tokenizer)
+    is_plain = isinstance(tokenizer, PreTrainedTokenizerFast) and all(
+        getattr(own, name) is getattr(PreTrainedTokenizerFast, name) for name in ("decode", "_decode")
+    )
+    if is_plain:
+        return functools.partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=False)
+    return functools.partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -140,22 +140,25 @@ def transformer_config(family: Family, hf: HfConfig, config: Config, platform: P
     # Megatron's default dispatcher refuses micro-batches of different lengths, in dense models too.
     dispatcher = {"moe_token_dispatcher_type": "alltoall"}
     merged = {**dispatcher, **fields, **defaults, **layout, **precision, "calculate_per_token_loss": True, **overrides}
-    _correct_aux_loss(merged)
+    _correct_router_losses(merged)
     try:
         return TransformerConfig(**merged)
     except (AssertionError, ValueError, TypeError) as error:
         raise ConfigError(f"Megatron-Core refuses this model and layout: {error}") from error
 
 
-def _correct_aux_loss(fields: dict[str, Any]) -> None:
+def _correct_router_losses(fields: dict[str, Any]) -> None:
     """Undo a fault of megatron-core below 0.19: under sequence or context parallelism with a per-token loss it scales the
-    router's auxiliary loss by the tokens of one rank, which makes the gradient smaller by the number of ranks that share them.
+    router's losses by the tokens of one rank, which makes their gradients smaller by the number of ranks that share them.
     """
-    coefficient = fields.get("moe_aux_loss_coeff")
     size = fields["context_parallel_size"]
     if fields["sequence_parallel"]:
         size *= fields["tensor_model_parallel_size"]
-    if not coefficient or size == 1 or Version(version("megatron-core")) >= Version("0.19"):
+    if size == 1 or Version(version("megatron-core")) >= Version("0.19"):
         return
-    is_list = isinstance(coefficient, list)
-    fields["moe_aux_loss_coeff"] = [size * value for value in coefficient] if is_list else size * coefficient
+    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+        coefficient = fields.get(name)
+        if not coefficient:
+            continue
+        is_list = isinstance(coefficient, list)
+        fields[name] = [size * value for value in coefficient] if is_list else size * coefficient

@@ -11,6 +11,7 @@ from megatron_pz.platform import shim
 from megatron_pz.platform.base import Platform
 from megatron_pz.platform.cpu import CpuPlatform
 from megatron_pz.platform.cuda import CudaPlatform
+from megatron_pz.platform.versions import check_versions
 
 PLATFORMS: dict[str, type[Platform]] = {"cpu": CpuPlatform, "cuda": CudaPlatform}
 
@@ -22,6 +23,7 @@ def _detected() -> str:
 
 @functools.cache
 def _installed(name: str) -> Platform:
+    check_versions()
     platform = PLATFORMS[name]()
     platform.install()
     return platform
@@ -34,6 +36,7 @@ def select_platform(name: str | None = None) -> Platform:
         name: "cpu" or "cuda"; None takes CUDA where there is a device.
 
     Raises:
+        VersionError: the environment is not a supported one.
         ConfigError: the name is unknown, there is no CUDA device, or this process is a CPU one already.
     """
     name = name or _detected()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_pz.config.schema import EngineConfig, TaskConfig
 from megatron_pz.errors import ConfigError, CorpusError
@@ -14,6 +15,9 @@ from megatron_pz.game.rewards import prediction_reward
 from megatron_pz.game.seeds import derive
 from megatron_pz.game.spans import SpanReading, read_span
 from megatron_pz.types import Completion, Generate, Mask, Paragraph, Role, Rollout, SamplingParams, Tokenizer
+
+PROMPTS_KEPT = 1024
+"""Made last, of both roles: some tens of megabytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,8 @@ class Asker:
                     f"task.max_prompt_tokens is {task.max_prompt_tokens}. Shorten it or raise --max-prompt-tokens."
                 )
         self._stop = {role: templates.stop_token_ids(role, tokenizer) for role in Role}
+        # A mask's question is asked for its length and then for its ids, and equal masks of a paragraph have one.
+        self._prompt = lru_cache(maxsize=PROMPTS_KEPT)(self._made)
 
     def mask_prompt(self, text: str) -> Prompt:
         return self._prompt(self.templates.mask_prompt(text))
@@ -132,6 +138,6 @@ class Asker:
             seed=seed,
         )
 
-    def _prompt(self, text: str) -> Prompt:
+    def _made(self, text: str) -> Prompt:
         ids = self.templates.ids(text, self.tokenizer)
         return Prompt(prompt_text(self.templates, text, ids, self.tokenizer), tuple(ids))

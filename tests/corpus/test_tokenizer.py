@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from megatron_pz.corpus.tokenizer import check_vocab, load_tokenizer
+from megatron_pz.corpus.tokenizer import HFTokenizer, check_vocab, load_tokenizer
 from megatron_pz.errors import TokenizerError
 
 TEXTS = ["Paris is the capital of France.", "The Seine flows through Paris and on to the sea."] * 4
@@ -149,3 +149,18 @@ def test_a_vocabulary_larger_than_the_models_is_refused(hf):
     check_vocab(hf, hf.vocab_size + 64)
     with pytest.raises(TokenizerError, match=f"ids up to {hf.vocab_size - 1} and the model {hf.vocab_size - 1} embed"):
         check_vocab(hf, hf.vocab_size - 1)
+
+
+@given(st.lists(st.integers(0, 299), max_size=30))
+def test_decoding_past_transformers_gives_its_text_without_the_ends(hf, ids):
+    kept = [i for i in ids if i not in hf.eos_token_ids]
+    assert hf.decode(ids) == hf._tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def test_a_class_with_a_decoder_of_its_own_is_asked(hf, monkeypatch):
+    class Shouting(type(hf._tokenizer)):
+        def _decode(self, token_ids, **options):
+            return super()._decode(token_ids, **options).upper()
+
+    monkeypatch.setattr(hf._tokenizer, "__class__", Shouting)
+    assert HFTokenizer(hf._tokenizer, "shouting").decode(hf.encode("Paris")) == "PARIS"

@@ -5,7 +5,7 @@ python flipped_run.py advantage|loss CONFIG.toml [--field value ...]
 
 import sys
 
-import megatron_pz.__main__ as program
+from megatron_pz.train import launch as program
 
 
 def flip_advantage() -> None:

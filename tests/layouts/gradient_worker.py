@@ -28,6 +28,7 @@ from megatron_pz.train.parallel import init_parallel, shutdown
 
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 AUX = {"moe_aux_loss_coeff": 0.01}
+Z = {"moe_z_loss_coeff": 0.01}
 RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 EP2, SP = {"expert_model_parallel_size": 2}, {"sequence_parallel": True}
 CP2, VPP2 = {"context_parallel_size": 2}, PP2 | {"virtual_pipeline_model_parallel_size": 2}
@@ -59,6 +60,7 @@ TWO = {
     # The auxiliary loss is a function of each micro-batch: the reference must have the same ones, padding included.
     "moe tp2 sp, auxiliary loss": Case("moe", TP2 | SP, packed_for=OF_PAIRS, transformer=AUX),
     "moe tp2 sp ep2, auxiliary loss": Case("moe", TP2 | SP | EP2, packed_for=OF_PAIRS, transformer=AUX),
+    "moe tp2 sp, z loss": Case("moe", TP2 | SP, packed_for=OF_PAIRS, transformer=Z),
     "moe dp2, replayed": Case("moe", replayed=True),
     "moe tp2 sp ep2, replayed": Case("moe", TP2 | SP | EP2, replayed=True),
     "moe pp2, replayed and recomputed": Case("moe", PP2, replayed=True, transformer=RECOMPUTED),
@@ -67,6 +69,7 @@ TWO = {
     "nope cp2": Case("nope", CP2),
     "moe cp2 ep2, replayed": Case("moe", CP2 | EP2, replayed=True),
     "moe cp2, auxiliary loss": Case("moe", CP2, packed_for={"context_size": 2}, transformer=AUX),
+    "moe cp2, z loss": Case("moe", CP2, packed_for={"context_size": 2}, transformer=Z),
     "vpp3": Case(layout=VPP2 | {"virtual_pipeline_model_parallel_size": 3}, layers=6, max_tokens=30),
     "vpp2, one bin": Case(layout=VPP2, layers=4, max_tokens=10**6),
     "moe vpp2, replayed and recomputed": Case("moe", VPP2, layers=4, replayed=True, transformer=RECOMPUTED),

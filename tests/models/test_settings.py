@@ -138,6 +138,14 @@ def test_later_stages_learn_the_length_of_each_micro_batch():
     assert not settings(HF).variable_seq_lengths
 
 
+def test_the_z_loss_is_scaled_where_megatron_forgets_the_shards():
+    config = Config(transformer={"moe_z_loss_coeff": 1e-3})
+    assert settings(MOE, config).moe_z_loss_coeff == 1e-3
+    split = ParallelConfig(context_parallel_size=2, tensor_model_parallel_size=2, sequence_parallel=True)
+    is_mended = Version(version("megatron-core")) >= Version("0.19")
+    assert settings(MOE, replace(config, parallel=split)).moe_z_loss_coeff == pytest.approx(1e-3 if is_mended else 4e-3)
+
+
 def test_the_auxiliary_loss_is_scaled_where_megatron_forgets_the_sequence_shards():
     # Guarded by an equality of gradients in tests/train/test_layouts.py; megatron-core 0.16.1.
     config = Config(transformer={"moe_aux_loss_coeff": 0.01}, parallel=ParallelConfig(tensor_model_parallel_size=2))

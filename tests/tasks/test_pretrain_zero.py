@@ -55,6 +55,22 @@ def test_each_mask_is_followed_by_its_predictions_paid_by_equations_8_and_9():
     assert {r.group_id for r in rollouts if r.role is Role.GENERATOR} == {"5.0"}
 
 
+def test_a_question_that_was_asked_before_is_not_tokenized_again():
+    class Counting(ByteTokenizer):
+        texts = []
+
+        def encode(self, text):
+            self.texts.append(text)
+            return super().encode(text)
+
+    _, rollouts = _play(TableEngine(_always("Paris", "Paris")), tokenizer=Counting())
+    assert len(rollouts) == 4 * (1 + 4)
+    asked = [text for text in Counting.texts if text.startswith("<pred>[mask]")]
+    assert asked == [
+        "<pred>[mask] is the capital of France."
+    ]  # of four equal masks, looked at for its length and then asked
+
+
 @pytest.mark.parametrize(("answers", "reward"), [(["Paris"], 0.0), (["Rome"], 0.0), (["Paris", "Rome"], 0.5)])
 def test_a_mask_that_everybody_or_nobody_solves_earns_nothing(answers, reward):
     _, rollouts = _play(TableEngine(_always("Paris", *answers)))

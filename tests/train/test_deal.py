@@ -29,7 +29,7 @@ def test_ranks_are_sent_their_own_samples_and_no_others(tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]

@@ -25,6 +25,7 @@ OF_TWO = [
     *("moe dp2", "moe tp2 sp", "moe pp2", "moe ep2", "moe ep2, one bin each", "moe tp2 sp ep2"),
     *("moe dp2, replayed", "moe tp2 sp ep2, replayed", "moe pp2, replayed and recomputed"),
     *("moe tp2 sp, auxiliary loss", "moe tp2 sp ep2, auxiliary loss"),
+    *("moe tp2 sp, z loss", "moe cp2, z loss"),
 ]
 OF_FOUR = [
     *("tp2 pp2", "tp2 sp pp2", "tp2 dp2", "moe tp2 sp pp2 ep2"),
