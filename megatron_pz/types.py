@@ -36,6 +36,7 @@ class Paragraph:
     text: str
     title: str = ""
     source: str = ""
+    answer: str = ""  # `rlvr`, where the text is a question: the reference answer
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from megatron_pz.config.schema import Config
 from megatron_pz.config.tables import PASS_THROUGH, SECTIONS, section_of
 from megatron_pz.errors import ConfigError, LayoutError
 
-GAMES = ("pretrain_zero", "random_span")
+GAMES = ("pretrain_zero", "random_span", "rlvr")
 """Tasks that generate; the others train on text as it is."""
 
 POSITIVE = {
@@ -31,6 +31,7 @@ POSITIVE = {
     "engine": ["max_response_tokens", "max_running_requests"],
     "train": ["train_iters", "updates_per_batch", "max_tokens_per_micro_batch", "log_prob_chunk_tokens"],
     "sglang": ["num_servers", "weight_bucket_mib"],
+    "verifier": ["verifier_max_tokens", "verifier_requests", "verifier_tries"],
     "evaluate": ["num_fixed_masks", "n_samples_per_fixed_mask"],
     "checkpoint": ["keep"],
 }
@@ -40,6 +41,7 @@ NOT_NEGATIVE = {
     "parallel": ["expert_tensor_parallel_size"],
     "task": ["generator_weight", "predictor_weight", "advantage_eps", "answer_weight", "prompt_weight"],
     "engine": ["async_steps", "over_sampling"],
+    "verifier": ["length_penalty", "length_penalty_cap", "verifier_pause_s"],
     "sglang": ["gpus_per_server", "server_port"],
     "train": ["seed", "lr", "min_lr", "lr_warmup_iters", "lr_decay_iters", "weight_decay", "clip_grad", "kl_coef"],
     "evaluate": ["eval_interval", "eval_temperature", "fixed_mask_seed"],
@@ -203,10 +205,31 @@ def roles_are_trained(config: Config, world_size: int) -> Iterator[str]:
         )
     if task.task == "pretrain_zero" and task.generator_weight == 0 and task.predictor_weight == 0:
         yield "task.generator_weight and task.predictor_weight are both 0: nothing would be trained. Raise one."
-    if task.task == "random_span" and task.predictor_weight == 0:
-        yield "task.predictor_weight is 0 under random_span, which trains predictions only. Raise it."
+    if task.task in ("random_span", "rlvr") and task.predictor_weight == 0:
+        yield f"task.predictor_weight is 0 under {task.task}, which trains predictions only. Raise it."
     if task.task == "sft" and task.answer_weight == 0 and task.prompt_weight == 0:
         yield "task.answer_weight and task.prompt_weight are both 0: nothing would be trained. Raise one."
+
+
+def answers_are_verified(config: Config, world_size: int) -> Iterator[str]:
+    verifier = config.verifier
+    if config.task.task != "rlvr":
+        return
+    if verifier.verifier == "model" and not verifier.verifier_urls:
+        yield "verifier.verifier is 'model' and verifier.verifier_urls is empty: name its servers, or use --verifier rule."
+    if verifier.verifier_timeout_s <= 0:
+        yield f"verifier.verifier_timeout_s is {verifier.verifier_timeout_s}; it must be above 0."
+    worst = 1 - verifier.length_penalty * verifier.length_penalty_cap
+    if worst <= 0 or verifier.no_answer_reward > 0:
+        yield (
+            f"verifier.length_penalty x length_penalty_cap leaves a right answer {worst:g} and verifier.no_answer_reward is "
+            f"{verifier.no_answer_reward:g}; right must be paid more than wrong (0), and no answer not more. Lower them."
+        )
+    if config.evaluate.eval_interval:
+        yield (
+            f"evaluate.eval_interval is {config.evaluate.eval_interval} under task 'rlvr', which has no paragraphs to mask. "
+            "Set --eval-interval 0, and score checkpoints with tools/evaluate.py."
+        )
 
 
 def sampling_is_possible(config: Config, world_size: int) -> Iterator[str]:
@@ -313,6 +336,7 @@ RULES: tuple[Rule, ...] = (
     groups_can_differ,
     masks_are_possible,
     roles_are_trained,
+    answers_are_verified,
     sampling_is_possible,
     servers_are_named_or_started,
     learning_rate_falls,

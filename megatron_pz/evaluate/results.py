@@ -94,12 +94,11 @@ def table(examined: Sequence[Examined]) -> str:
     means = [averages(one.scores) for one in examined]
     for name in means[0]:
         line(f"**{name}**", "", [_shown(mean[name]) for mean in means])
-    first_score = next(iter(examined[0].scores.values()))
+    num_questions = sum(score.num_questions for score in examined[0].scores.values())
     lines += [
         "",
-        "Percent, with 95% intervals: Wilson's for one answer a question, else a bootstrap over questions. "
-        f"{sum(s.num_questions for s in examined[0].scores.values())} questions in "
-        f"{len(examined[0].scores)} sets; averages take {first_score.headline if len(examined[0].scores) == 1 else 'each set’s first'} grader.",
+        f"Percent of {num_questions} questions, with 95% intervals: Wilson's for one answer a question, else a bootstrap over "
+        "questions. Averages take each set's first grader.",
         "",
     ]
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from typing import Any
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_pz.config.rules import GAMES
 from megatron_pz.config.schema import Config
 from megatron_pz.plan.activations import Layer, in_flight, kept
 from megatron_pz.plan.assumptions import GIB, Assumptions
@@ -86,7 +87,7 @@ def _default(name: str) -> Any:
 def longest_row(config: Config) -> int:
     """Tokens of the fullest micro-batch: the budget, or one sample that is longer."""
     longest = config.corpus.max_paragraph_tokens
-    if config.task.task in ("pretrain_zero", "random_span"):
+    if config.task.task in GAMES:
         longest = config.task.max_prompt_tokens + config.engine.max_response_tokens
     return max(config.train.max_tokens_per_micro_batch, longest)
 

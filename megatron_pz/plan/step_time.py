@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_pz.config.rules import GAMES
 from megatron_pz.config.schema import Config
 from megatron_pz.plan.assumptions import GIB, Assumptions
 from megatron_pz.plan.memory import Memory, Server, longest_row
@@ -51,10 +52,10 @@ class Work:
 def work(config: Config, assumed: Assumptions) -> Work:
     """What a step has to do. Without a game it is the paragraphs themselves."""
     task = config.task
-    if task.task not in ("pretrain_zero", "random_span"):
+    if task.task not in GAMES:
         length = (config.corpus.min_paragraph_tokens + config.corpus.max_paragraph_tokens) / 2
         return Work(task.paragraphs_per_step, 0.0, task.paragraphs_per_step * length, length)
-    masks = task.paragraphs_per_step * task.n_masks_per_paragraph
+    masks = task.paragraphs_per_step * (1 if task.task == "rlvr" else task.n_masks_per_paragraph)
     rollouts = masks * task.n_predictions_per_mask + (masks if task.task == "pretrain_zero" else 0)
     length = assumed.mean_prompt_tokens + assumed.mean_response_tokens
     return Work(rollouts, rollouts * assumed.mean_response_tokens, rollouts * assumed.trained_share * length, length)

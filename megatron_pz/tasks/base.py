@@ -58,6 +58,9 @@ class TextTask(Protocol):
 
 HEALTH_METRICS: dict[str, tuple[str, str]] = {
     "reward/mask/mean": ("reward", "mean reward of mask rollouts, invalid ones included (0)"),
+    "verifier/right_share": ("share", "`rlvr`: verified answers that are right"),
+    "verifier/unverified_share": ("share", "`rlvr`: responses left out since no verifier gave a verdict"),
+    "verifier/length_penalty": ("reward", "`rlvr`: mean loss of right answers for their length"),
     "reward/prediction/mean": ("reward", "mean reward of predictions: their accuracy on the masks of this round"),
     "mask/valid_rate": ("share", "mask rollouts whose span can be hidden"),
     **{

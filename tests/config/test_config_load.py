@@ -198,17 +198,19 @@ def test_the_flags_are_these_and_no_others():
 FROZEN_FLAGS = """
 --hf-model --tokenizer --init --params-dtype --make-vocab-size-divisible-by --tensor-model-parallel-size
 --pipeline-model-parallel-size --virtual-pipeline-model-parallel-size --expert-model-parallel-size
---expert-tensor-parallel-size --context-parallel-size --sequence-parallel --use-distributed-optimizer
---data-path --held-out-path --min-paragraph-tokens
---max-paragraph-tokens --skip-bad-lines --task --paragraphs-per-step --n-masks-per-paragraph --n-predictions-per-mask
---mask-validity --max-occurrences --max-mask-fraction --match --update --template-dir --prompt-style
---max-prompt-tokens --generator-weight --predictor-weight --advantage-eps --answer-weight --prompt-weight --span-p
---span-max-words --engine --max-response-tokens --temperature --top-p --max-running-requests --async-steps
---stragglers --over-sampling --server-urls --router-url --api-key-file --num-servers --gpus-per-server --server-python
---server-host --server-port --server-start-timeout-s --request-timeout-s --weight-transport --weight-bucket-mib
---pause-mode --colocate --verify-weights --train-iters --seed --lr --min-lr --lr-decay-style --lr-warmup-iters --lr-decay-iters
---weight-decay --adam-beta1 --adam-beta2 --clip-grad --eps-clip --eps-clip-high --dual-clip --loss-aggregation
---kl-coef --updates-per-batch --importance-sampling --importance-cap --routing-replay --recompute-old-log-probs
+--expert-tensor-parallel-size --context-parallel-size --sequence-parallel --use-distributed-optimizer --data-path
+--held-out-path --min-paragraph-tokens --max-paragraph-tokens --skip-bad-lines --task --paragraphs-per-step
+--n-masks-per-paragraph --n-predictions-per-mask --mask-validity --max-occurrences --max-mask-fraction --match
+--update --template-dir --prompt-style --max-prompt-tokens --generator-weight --predictor-weight --advantage-eps
+--answer-weight --prompt-weight --span-p --span-max-words --verifier --verifier-rule --verifier-urls --verifier-name
+--verifier-api-key-file --verifier-tokenizer --verifier-template --verifier-max-tokens --verifier-requests
+--verifier-tries --verifier-pause-s --verifier-timeout-s --length-penalty --length-penalty-cap --no-answer-reward
+--engine --max-response-tokens --temperature --top-p --max-running-requests --async-steps --stragglers --over-sampling
+--server-urls --router-url --api-key-file --num-servers --gpus-per-server --server-python --server-host --server-port
+--server-start-timeout-s --request-timeout-s --weight-transport --weight-bucket-mib --pause-mode --colocate
+--verify-weights --train-iters --seed --lr --min-lr --lr-decay-style --lr-warmup-iters --lr-decay-iters --weight-decay
+--adam-beta1 --adam-beta2 --clip-grad --eps-clip --eps-clip-high --dual-clip --loss-aggregation --kl-coef
+--updates-per-batch --importance-sampling --importance-cap --routing-replay --recompute-old-log-probs
 --max-tokens-per-micro-batch --log-prob-chunk-tokens --eval-interval --num-fixed-masks --n-samples-per-fixed-mask
 --eval-temperature --fixed-mask-seed --run-dir --load --save-interval --keep --export-hf --tensorboard --wandb-project
 --show-rollouts --write-page

@@ -9,6 +9,7 @@ from megatron_pz.config.schema import EngineConfig, TaskConfig
 from megatron_pz.tasks.pretrain_zero import PretrainZero
 from megatron_pz.tasks.random_span import RandomSpan
 from megatron_pz.tasks.registry import make_task
+from megatron_pz.tasks.rlvr import Rlvr
 from megatron_pz.tasks.supervised import ContinuePretraining, SupervisedFormats
 
 TASKS = {
@@ -16,6 +17,7 @@ TASKS = {
     "random_span": RandomSpan,
     "continue_pt": ContinuePretraining,
     "sft": SupervisedFormats,
+    "rlvr": Rlvr,
 }
 
 
