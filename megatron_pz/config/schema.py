@@ -129,7 +129,7 @@ class VerifierConfig:
     verifier_pause_s: float = 1.0
     """Pause before the second try; it doubles."""
     verifier_timeout_s: float = 120.0
-    """Seconds for one judgement."""
+    """Seconds for one judgement; a rule has at most 5."""
     length_penalty: float = 0.05
     """Taken from a right answer's reward for each token that it is longer or shorter than the reference; 0: none."""
     length_penalty_cap: int = 10

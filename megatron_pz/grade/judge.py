@@ -43,7 +43,7 @@ class Judge:
 
     def __init__(self, time_limit_s: float = TIME_LIMIT_S, num_workers: int = 1) -> None:
         self.time_limit_s = time_limit_s
-        self._free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._free: queue.LifoQueue[_Worker] = queue.LifoQueue()  # one that is warm is taken first
         self._workers = [_Worker() for _ in range(num_workers)]
         for worker in self._workers:
             self._free.put(worker)

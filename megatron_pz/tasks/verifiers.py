@@ -11,10 +11,14 @@ from megatron_pz.engine.openai_url import OpenAIServers
 from megatron_pz.engine.sglang.faults import ServerBusy, ServerLost, ServerRefused
 from megatron_pz.engine.sglang.specs import read_key
 from megatron_pz.grade.general_verifier import load_template, says_yes, verifier_prompt
-from megatron_pz.grade.judge import Judge
+from megatron_pz.grade.judge import TIME_LIMIT_S, Judge
 
 _TOO_LONG_OR_ODD = (400, 413, 422)
 """What a server says of one request that it will not have; anything else is about all of them."""
+
+
+RULE_WORKERS = 2
+"""Comparisons at one time: they share the machine with a trainer."""
 
 
 class Verifier(Protocol):
@@ -28,8 +32,8 @@ class RuleVerifier:
 
     def __init__(self, config: VerifierConfig) -> None:
         self.rule = config.verifier_rule
-        self._judge = Judge(config.verifier_timeout_s, num_workers=1)
-        self._threads = ThreadPoolExecutor(1)
+        self._judge = Judge(min(config.verifier_timeout_s, TIME_LIMIT_S), num_workers=RULE_WORKERS)
+        self._threads = ThreadPoolExecutor(RULE_WORKERS)
 
     async def __call__(self, question: str, truth: str, answer: str) -> bool | None:
         boxed = f"\\boxed{{{answer}}}" if self.rule == "math_verify" else answer
