@@ -1,6 +1,6 @@
 r"""An answer as Qwen2.5-Math's grader compares it: units, signs of currency and the accidents of LaTeX taken away.
 
-Written anew from the rules (README of `docs/evaluation.md` says where it differs): letters that may be variables are kept where
+Written anew from its rules; where it differs (docs/evaluation.md): letters that may be variables are kept where
 the original takes them for units; numbers in words count only where the whole answer is one.
 """
 

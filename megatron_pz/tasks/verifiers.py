@@ -46,7 +46,7 @@ class ModelVerifier:
     """Asks the verifier's servers, greedily; a question that they do not answer after all tries is not found out.
 
     Raises:
-        ServerRefused: (when asked) the servers say no to everything, e.g. for a wrong key.
+        ServerRefused: (when asked) the servers say no to everything, e.g. for a wrong key, or since they take no text.
     """
 
     def __init__(self, config: VerifierConfig) -> None:
@@ -72,9 +72,11 @@ class ModelVerifier:
         except (ServerLost, ServerBusy):
             return None
         except ServerRefused as refused:
-            if refused.status in _TOO_LONG_OR_ODD:
-                return None
-            raise
+            if refused.status not in _TOO_LONG_OR_ODD:
+                raise
+            # One answer too long is that answer's fault; but servers that refuse all would leave out every rollout.
+            self._servers.complete("Assistant:", 1, temperature=0.0)
+            return None
 
 
 def make_verifier(config: VerifierConfig) -> Verifier:

@@ -20,7 +20,7 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 @pytest.fixture(scope="module")
 def place(launch, tmp_path_factory):
     """A server of the demo policy, with a folder for files."""
-    served = launch(POLICY, **{"context-length": 512})
+    served = launch(POLICY, **{"context-length": 512, "skip-tokenizer-init": False})  # it is sent text
     folder = tmp_path_factory.mktemp("evaluate")
     (folder / "key").write_text(served.api_key)
     yield served, folder

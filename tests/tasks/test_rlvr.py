@@ -8,6 +8,8 @@ from builders import PLAIN, ByteTokenizer, TableEngine
 
 from megatron_pz.config.schema import EngineConfig, TaskConfig, VerifierConfig
 from megatron_pz.corpus.questions import read_questions
+from megatron_pz.engine.openai_url import Told
+from megatron_pz.engine.sglang.faults import ServerRefused
 from megatron_pz.errors import CorpusError, TemplateError
 from megatron_pz.grade.general_verifier import load_template
 from megatron_pz.report.metrics import check, out_of_range
@@ -124,6 +126,23 @@ def test_a_dead_verifier_is_asked_again_and_then_the_rollout_is_left_out():
     assert len(tries) == 3
     assert rollouts[0].reject_reason == "unverified"
     assert [len(group.rollouts) for group in task.groups(rollouts, 3)] == [3, 1]
+
+
+def test_a_server_that_refuses_one_answer_leaves_it_out_and_one_that_refuses_all_is_an_error(monkeypatch):
+    settings = VerifierConfig(verifier="model", verifier_urls="http://127.0.0.1:9", verifier_name="v")
+    verifier = ModelVerifier(settings)
+    refuses = {"long": True, "short": False}
+
+    def complete(prompt, max_new_tokens, **params):
+        if refuses["long" if "Student" in prompt else "short"]:
+            raise ServerRefused("http://127.0.0.1:9", "/v1/completions", 400, "too long")
+        return Told("", False, 1)
+
+    monkeypatch.setattr(verifier._servers, "complete", complete)
+    assert asyncio.run(verifier("q", "1", "2")) is None
+    refuses["short"] = True
+    with pytest.raises(ServerRefused, match="too long"):
+        asyncio.run(verifier("q", "1", "2"))
 
 
 def test_questions_are_read_as_webinstruct_verified_has_them(tmp_path):
