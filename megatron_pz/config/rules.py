@@ -220,10 +220,10 @@ def answers_are_verified(config: Config, world_size: int) -> Iterator[str]:
     if verifier.verifier_timeout_s <= 0:
         yield f"verifier.verifier_timeout_s is {verifier.verifier_timeout_s}; it must be above 0."
     worst = 1 - verifier.length_penalty * verifier.length_penalty_cap
-    if worst <= 0 or verifier.no_answer_reward > 0:
+    if worst <= 0 or not -1 <= verifier.no_answer_reward <= 0:
         yield (
             f"verifier.length_penalty x length_penalty_cap leaves a right answer {worst:g} and verifier.no_answer_reward is "
-            f"{verifier.no_answer_reward:g}; right must be paid more than wrong (0), and no answer not more. Lower them."
+            f"{verifier.no_answer_reward:g}; right must be paid more than wrong (0), and no answer -1 to 0. Change them."
         )
     if config.evaluate.eval_interval:
         yield (

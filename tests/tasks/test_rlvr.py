@@ -62,6 +62,9 @@ def test_the_length_penalty_ends_at_its_cap_and_may_be_off():
 
     assert [r.reward for r in play(game(yes), [long] * 4)] == [0.5] * 4
     assert [r.reward for r in play(game(yes, length_penalty=0.0), [long] * 4)] == [1.0] * 4
+    task = game(yes)
+    assert task.health(task.groups(play(task, [long] * 4), 3))["groups/all_right_share"] == 1.0
+    assert task.health(task.groups(play(task, ["none"] * 4), 3))["groups/all_wrong_share"] == 1.0
 
 
 def test_the_verifier_is_not_asked_where_there_is_no_answer():
