@@ -35,7 +35,7 @@ class Task(Protocol):
         ...
 
     def health(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Values of `HEALTH_METRICS`; one that has nothing to speak of is left out."""
+        """Values of `HEALTH_METRICS` (`rlvr`: and `VERIFIER_METRICS`); one that has nothing to speak of is left out."""
         ...
 
     def prompt_ids(self, text: str) -> Sequence[int]:
@@ -58,9 +58,6 @@ class TextTask(Protocol):
 
 HEALTH_METRICS: dict[str, tuple[str, str]] = {
     "reward/mask/mean": ("reward", "mean reward of mask rollouts, invalid ones included (0)"),
-    "verifier/right_share": ("share", "`rlvr`: verified answers that are right"),
-    "verifier/unverified_share": ("share", "`rlvr`: responses left out since no verifier gave a verdict"),
-    "verifier/length_penalty": ("reward", "`rlvr`: mean loss of right answers for their length"),
     "reward/prediction/mean": ("reward", "mean reward of predictions: their accuracy on the masks of this round"),
     "mask/valid_rate": ("share", "mask rollouts whose span can be hidden"),
     **{
@@ -86,3 +83,10 @@ HEALTH_METRICS: dict[str, tuple[str, str]] = {
     "prediction/near_miss_rate": ("share", "predictions wrong by case, punctuation or spacing alone"),
 }
 """Name -> (unit, meaning) of everything that `Task.health` reports."""
+
+VERIFIER_METRICS: dict[str, tuple[str, str]] = {
+    "verifier/right_share": ("share", "verified answers that are right"),
+    "verifier/unverified_share": ("share", "responses left out since no verifier gave a verdict"),
+    "verifier/length_penalty": ("reward", "mean loss of right answers for their length"),
+}
+"""What `rlvr` reports beside them."""
