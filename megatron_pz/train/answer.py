@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -15,9 +16,10 @@ from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron_pz.checkpoint.hf_import import load_hf_weights
 from megatron_pz.checkpoint.manifest import MANIFEST, sha256
 from megatron_pz.checkpoint.store import load_weights
+from megatron_pz.config.rules import world_is_divided
 from megatron_pz.config.schema import Config
 from megatron_pz.engine.base import converse
-from megatron_pz.errors import CheckpointError
+from megatron_pz.errors import CheckpointError, LayoutError
 from megatron_pz.models.folder import read_hf_config, resolve_folder
 from megatron_pz.models.policy import build_policy
 from megatron_pz.platform.select import select_platform
@@ -40,9 +42,10 @@ def with_each_policy(
         checkpoints: folders `step_N` of a run of any layout; None: the weights of `model.hf_model`.
 
     Raises:
+        LayoutError: the layout does not fit the ranks, or has pipeline stages: only whole models sample.
         CheckpointError, ModelError: weights that are not there, damaged, or of another model.
-        EngineError: the layout cannot sample.
     """
+    _check_layout(config)
     platform = select_platform()
     if platform.name == "cpu":
         torch.set_num_threads(1)  # as in training: sums must not depend on their number
@@ -65,6 +68,19 @@ def with_each_policy(
         return found
     finally:
         shutdown()
+
+
+def _check_layout(config: Config) -> None:
+    ranks, stages = int(os.environ.get("WORLD_SIZE", "1")), config.parallel.pipeline_model_parallel_size
+    faults = list(world_is_divided(config, ranks))
+    if stages > 1:
+        faults.append(
+            f"parallel.pipeline_model_parallel_size is {stages}; only whole models sample, so it must be 1 here."
+        )
+    if faults:
+        raise LayoutError(
+            "\n".join([*faults, "An evaluation needs no layout of the training's: set another behind `--`."])
+        )
 
 
 def weights_name(config: Config, checkpoint: Path | None) -> str:

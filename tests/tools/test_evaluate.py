@@ -99,6 +99,10 @@ def test_checkpoints_of_a_run_make_curves(tmp_path):
     [
         (["--suites", "gsm9k", "--hf-model", POLICY], "no test set 'gsm9k'"),
         (["--suites", "gsm8k", "--samples", "8", "--hf-model", POLICY], "--samples is '8'"),
+        (
+            ["--suites", "gsm8k", "--hf-model", POLICY, "--", "--pipeline-model-parallel-size", "2"],
+            "1 ranks cannot be shared out",
+        ),
         (["--suites", "gsm8k", "--hf-model", "/no/such/folder"], "does not exist"),
     ],
 )
