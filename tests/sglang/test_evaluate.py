@@ -53,6 +53,16 @@ def by_url(served, folder):
     return out
 
 
+def test_a_language_model_is_asked_for_its_verdict(place):
+    served, folder = place
+    settings = VerifierConfig(
+        verifier="model", verifier_urls=served.url, verifier_api_key_file=str(folder / "key"), verifier_max_tokens=8
+    )
+    # The demo policy knows no verdict line: that is a no. A question that does not fit its context has no verdict at all.
+    assert asyncio.run(ModelVerifier(settings)("1 + 1?", "2", "2")) is False
+    assert asyncio.run(ModelVerifier(settings)("word " * 2000, "2", "2")) is None
+
+
 def test_a_server_like_openais_is_asked_once(place):
     served, folder = place
     out = by_url(served, folder)
@@ -76,13 +86,3 @@ def test_one_model_answers_alike_by_url_by_servers_and_by_its_own_engine(place):
     ]
     for suite in ("mmlu_pro", "bbeh"):
         assert scores[0][suite]["scores"] == scores[1][suite]["scores"] == scores[2][suite]["scores"]
-
-
-def test_a_language_model_is_asked_for_its_verdict(place):
-    served, folder = place
-    settings = VerifierConfig(
-        verifier="model", verifier_urls=served.url, verifier_api_key_file=str(folder / "key"), verifier_max_tokens=8
-    )
-    # The demo policy knows no verdict line: that is a no. A question that does not fit its context has no verdict at all.
-    assert asyncio.run(ModelVerifier(settings)("1 + 1?", "2", "2")) is False
-    assert asyncio.run(ModelVerifier(settings)("word " * 2000, "2", "2")) is None
