@@ -75,6 +75,7 @@ setup(
     package_data={
         "megatron_pz": ["py.typed"],
         "megatron_pz.game": ["templates/**/*.txt"],
+        "megatron_pz.evaluate": ["suites/prompts/*.txt"],
         "megatron_pz.report": ["**/*.html", "**/*.css", "**/*.js"],
     },
     install_requires=BASE,

@@ -38,6 +38,7 @@ class Paragraph:
     source: str = ""
     # nats, one a token of the text, under the policy that begins to play; None where the game does not ask for them
     token_entropies: tuple[float, ...] | None = None
+    answer: str = ""  # `rlvr`, where the text is a question: the reference answer
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ def test_a_forbidden_import_breaks_a_contract(tmp_path, capsys, monkeypatch):
         "checkpoint",
         "sync",
         "tasks",
+        "grade",
         "corpus",
         "game",
         "batch",

@@ -69,7 +69,7 @@ async def _attached(config: Config) -> None:
     tokenizer = load_tokenizer(config.model.tokenizer or folder)
     check_vocab(tokenizer, int(hf_config["vocab_size"]))
     templates = Templates.load(config.task.template_dir, config.task.prompt_style)
-    task = make_task(config.task, config.engine, tokenizer, templates)
+    task = make_task(config.task, config.engine, tokenizer, templates, config.verifier)
     if not isinstance(task, Task):
         raise ConfigError(f"--task is {config.task.task}, in which nothing is generated: there is nothing to play.")
     paragraphs, _ = read_playable(config.corpus.data_path, config, tokenizer, task.prompt_ids)

@@ -15,7 +15,7 @@ from megatron_pz.config.schema import Config
 from megatron_pz.config.tables import PASS_THROUGH, SECTIONS, section_of
 from megatron_pz.errors import ConfigError, LayoutError
 
-GAMES = ("pretrain_zero", "random_span", "random_ntp", "entropy_ntp")
+GAMES = ("pretrain_zero", "random_span", "random_ntp", "entropy_ntp", "rlvr")
 """Tasks that generate; the others train on text as it is."""
 
 POSITIVE = {
@@ -32,6 +32,7 @@ POSITIVE = {
     "engine": ["max_response_tokens", "max_running_requests"],
     "train": ["train_iters", "updates_per_batch", "max_tokens_per_micro_batch", "log_prob_chunk_tokens"],
     "sglang": ["num_servers", "weight_bucket_mib"],
+    "verifier": ["verifier_max_tokens", "verifier_requests", "verifier_tries"],
     "evaluate": ["num_fixed_masks", "n_samples_per_fixed_mask"],
     "checkpoint": ["keep"],
 }
@@ -48,6 +49,7 @@ NOT_NEGATIVE = {
         "warm_up_task_steps",
     ],
     "engine": ["async_steps", "over_sampling"],
+    "verifier": ["length_penalty", "length_penalty_cap", "verifier_pause_s"],
     "sglang": ["gpus_per_server", "server_port"],
     "train": ["seed", "lr", "min_lr", "lr_warmup_iters", "lr_decay_iters", "weight_decay", "clip_grad", "kl_coef"],
     "evaluate": ["eval_interval", "eval_temperature", "fixed_mask_seed"],
@@ -166,7 +168,7 @@ def tasks_follow_each_other(config: Config, world_size: int) -> Iterator[str]:
             f"task.warm_up_task is {task.warm_up_task!r} and task.warm_up_task_steps {task.warm_up_task_steps}; a game that comes "
             "first needs a name and a number of steps. Set both or neither."
         )
-    if task.warm_up_task and task.task not in GAMES:
+    if task.warm_up_task and task.task not in GAMES[:-1]:
         yield (
             f"task.warm_up_task is {task.warm_up_task!r} before task.task {task.task!r}, which is no game: it is learned by another "
             "loss. Run them one after the other, with --load."
@@ -181,6 +183,27 @@ def tasks_follow_each_other(config: Config, world_size: int) -> Iterator[str]:
                 "engine.stragglers is 'continue' under entropy_ntp, whose questions depend on the weights of the step that asks "
                 "them: a resumed run could not ask the same. Use 'wait' or 'cut'."
             )
+
+
+def answers_are_verified(config: Config, world_size: int) -> Iterator[str]:
+    verifier = config.verifier
+    if config.task.task != "rlvr":
+        return
+    if verifier.verifier == "model" and not verifier.verifier_urls:
+        yield "verifier.verifier is 'model' and verifier.verifier_urls is empty: name its servers, or use --verifier rule."
+    if verifier.verifier_timeout_s <= 0:
+        yield f"verifier.verifier_timeout_s is {verifier.verifier_timeout_s}; it must be above 0."
+    worst = 1 - verifier.length_penalty * verifier.length_penalty_cap
+    if worst <= 0 or not -1 <= verifier.no_answer_reward <= 0:
+        yield (
+            f"verifier.length_penalty x length_penalty_cap leaves a right answer {worst:g} and verifier.no_answer_reward is "
+            f"{verifier.no_answer_reward:g}; right must be paid more than wrong (0), and no answer -1 to 0. Change them."
+        )
+    if config.evaluate.eval_interval:
+        yield (
+            f"evaluate.eval_interval is {config.evaluate.eval_interval} under task 'rlvr', which has no paragraphs to mask. "
+            "Set --eval-interval 0, and score checkpoints with tools/evaluate.py."
+        )
 
 
 def sampling_is_possible(config: Config, world_size: int) -> Iterator[str]:
@@ -271,6 +294,7 @@ RULES: tuple[Rule, ...] = (
     masks_are_possible,
     roles_are_trained,
     tasks_follow_each_other,
+    answers_are_verified,
     sampling_is_possible,
     servers_are_named_or_started,
     learning_rate_falls,

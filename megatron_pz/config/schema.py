@@ -63,9 +63,11 @@ class CorpusConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    task: Literal["pretrain_zero", "random_span", "random_ntp", "entropy_ntp", "continue_pt", "sft"] = "pretrain_zero"
+    task: Literal["pretrain_zero", "random_span", "random_ntp", "entropy_ntp", "continue_pt", "sft", "rlvr"] = (
+        "pretrain_zero"
+    )
     """What is played: PretrainZero, its baselines with random spans, random next tokens or next tokens of high entropy, next-token
-    training, or supervised training on both formats."""
+    training, supervised training on both formats, or questions whose answers a verifier pays."""
     warm_up_task: Literal["", "pretrain_zero", "random_span", "random_ntp", "entropy_ntp"] = ""
     """Game of the first `warm_up_task_steps` steps, before `task`; empty: none."""
     warm_up_task_steps: int = 0
@@ -75,7 +77,7 @@ class TaskConfig:
     n_masks_per_paragraph: int = 8
     """Mask rollouts a paragraph (one generator group). `random_span`: random masks a paragraph; `*_ntp`: tokens asked about."""
     n_predictions_per_mask: int = 8
-    """Prediction rollouts a mask (one predictor group)."""
+    """Prediction rollouts a mask (one predictor group). `rlvr`: answers a question."""
     mask_validity: Literal["default", "one_mask", "whole_words"] = "default"
     """`default`: 1 to 7 occurrences, all hidden; `one_mask`: one random occurrence hidden; `whole_words`: default, whole words only."""
     max_occurrences: int = 7
@@ -108,6 +110,40 @@ class TaskConfig:
     """`random_span` and fixed masks: longest span in words."""
     entropy_share: float = 0.2
     """`entropy_ntp`: share of a paragraph's tokens, those of the highest entropy, that questions are drawn from."""
+
+
+@dataclass(frozen=True)
+class VerifierConfig:
+    verifier: Literal["rule", "model"] = "rule"
+    """`rlvr`: who says whether an answer is right: a rule (`verifier_rule`), or a language model at `verifier_urls`."""
+    verifier_rule: Literal["qwen", "math_verify"] = "math_verify"
+    """Rule of `verifier = "rule"`: Qwen2.5-Math's grader semantics, or the library math-verify."""
+    verifier_urls: str = ""
+    """Servers of the verifier's model, separated by commas; any that speaks OpenAI's completions, SGLang for one."""
+    verifier_name: str = ""
+    """The model's name at those servers; empty: the first that they name."""
+    verifier_api_key_file: str = ""
+    """File with their key."""
+    verifier_tokenizer: str = ""
+    """Folder or hub name of the tokenizer in which the length penalty counts (the verifier's); empty: the policy's."""
+    verifier_template: str = ""
+    """File with the verifier's prompt, with {question}, {truth} and {answer}; empty: the package's own."""
+    verifier_max_tokens: int = 2048
+    """Longest output of the verifier."""
+    verifier_requests: int = 64
+    """Answers that are judged by the model at one time."""
+    verifier_tries: int = 5
+    """Times that the verifier's servers are asked; after that the rollout is unverified and left out."""
+    verifier_pause_s: float = 1.0
+    """Pause before the second try; it doubles."""
+    verifier_timeout_s: float = 120.0
+    """Seconds for one judgement; a rule has at most 5."""
+    length_penalty: float = 0.05
+    """Taken from a right answer's reward for each token that it is longer or shorter than the reference; 0: none."""
+    length_penalty_cap: int = 10
+    """Most tokens that are counted."""
+    no_answer_reward: float = -0.5
+    """Reward of a response without a boxed answer."""
 
 
 @dataclass(frozen=True)
@@ -269,6 +305,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     sglang: SGLangConfig = field(default_factory=SGLangConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from megatron_pz.config.schema import Config
 from megatron_pz.corpus.paragraphs import select
+from megatron_pz.corpus.questions import read_questions
 from megatron_pz.corpus.reader import read_paragraphs
 from megatron_pz.errors import CorpusError
 from megatron_pz.types import Paragraph, Tokenizer
@@ -22,7 +23,8 @@ def read_playable(
     Raises:
         CorpusError: the file cannot be read, or nothing of it can be played.
     """
-    found, read = read_paragraphs(path, skip_bad_lines=config.corpus.skip_bad_lines)
+    read_file = read_questions if config.task.task == "rlvr" else read_paragraphs
+    found, read = read_file(path, skip_bad_lines=config.corpus.skip_bad_lines)
     try:
         kept, selected = select(
             found,

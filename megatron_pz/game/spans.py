@@ -27,10 +27,10 @@ MASK_REJECT_REASONS = (
 )
 """Why a mask rollout is invalid."""
 
-PREDICTION_REJECT_REASONS = ("truncated", "aborted", "no_box")
+PREDICTION_REJECT_REASONS = ("truncated", "aborted", "no_box", "unverified")
 """Why a prediction is invalid."""
 
-REJECT_REASONS = (*MASK_REJECT_REASONS, "no_box")
+REJECT_REASONS = (*MASK_REJECT_REASONS, "no_box", "unverified")
 """All of them."""
 
 

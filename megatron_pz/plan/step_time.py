@@ -55,7 +55,7 @@ def work(config: Config, assumed: Assumptions) -> Work:
     if task.task not in GAMES:
         length = (config.corpus.min_paragraph_tokens + config.corpus.max_paragraph_tokens) / 2
         return Work(task.paragraphs_per_step, 0.0, task.paragraphs_per_step * length, length)
-    masks = task.paragraphs_per_step * task.n_masks_per_paragraph
+    masks = task.paragraphs_per_step * (1 if task.task == "rlvr" else task.n_masks_per_paragraph)
     rollouts = masks * task.n_predictions_per_mask + (masks if task.task == "pretrain_zero" else 0)
     length = assumed.mean_prompt_tokens + assumed.mean_response_tokens
     return Work(rollouts, rollouts * assumed.mean_response_tokens, rollouts * assumed.trained_share * length, length)

@@ -47,7 +47,16 @@ TABLE: tuple[Metric, ...] = (
     *_rows(
         "Rewards",
         ("reward/mask/mean", "reward", 0, 1, "mean reward of mask rollouts, invalid ones included (0)"),
-        ("reward/prediction/mean", "reward", 0, 1, "mean reward of predictions: accuracy on the masks of this round"),
+        (
+            "reward/prediction/mean",
+            "reward",
+            -1,
+            1,
+            "mean reward of predictions: accuracy on the masks of this round; `rlvr`: what answers are paid",
+        ),
+        ("verifier/right_share", "share", 0, 1, "`rlvr`: verified answers that are right"),
+        ("verifier/unverified_share", "share", 0, 1, "`rlvr`: responses left out since no verifier gave a verdict"),
+        ("verifier/length_penalty", "reward", 0, 1, "`rlvr`: mean loss of right answers for their length"),
     ),
     *_rows(
         "Masks",

@@ -35,7 +35,7 @@ class Task(Protocol):
         ...
 
     def health(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Values of `HEALTH_METRICS`; one that has nothing to speak of is left out."""
+        """Values of `HEALTH_METRICS` (`rlvr`: and `VERIFIER_METRICS`); one that has nothing to speak of is left out."""
         ...
 
     def prompt_ids(self, text: str) -> Sequence[int]:
@@ -83,3 +83,10 @@ HEALTH_METRICS: dict[str, tuple[str, str]] = {
     "prediction/near_miss_rate": ("share", "predictions wrong by case, punctuation or spacing alone"),
 }
 """Name -> (unit, meaning) of everything that `Task.health` reports."""
+
+VERIFIER_METRICS: dict[str, tuple[str, str]] = {
+    "verifier/right_share": ("share", "verified answers that are right"),
+    "verifier/unverified_share": ("share", "responses left out since no verifier gave a verdict"),
+    "verifier/length_penalty": ("reward", "mean loss of right answers for their length"),
+}
+"""What `rlvr` reports beside them."""

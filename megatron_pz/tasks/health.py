@@ -69,8 +69,8 @@ def _of_masks(masks: Sequence[Mask]) -> dict[str, float | None]:
 def _of_predictions(groups: Sequence[Group], match: Match) -> dict[str, float | None]:
     rollouts = _rollouts(groups)
     return {
-        "groups/all_wrong_share": _mean(all(r.reward == 0 for r in group.rollouts) for group in groups),
-        "groups/all_right_share": _mean(all(r.reward == 1 for r in group.rollouts) for group in groups),
+        "groups/all_wrong_share": _mean(all(r.reward <= 0 for r in group.rollouts) for group in groups),
+        "groups/all_right_share": _mean(all(r.reward > 0 for r in group.rollouts) for group in groups),
         "prediction/format_rate": _mean(rollout.valid for rollout in rollouts),
         "prediction/near_miss_rate": _mean(
             rollout.valid and is_near_miss(rollout.answer, rollout.target or "", match) for rollout in rollouts

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_pz.config.schema import EngineConfig, TaskConfig
+from megatron_pz.config.schema import EngineConfig, TaskConfig, VerifierConfig
 from megatron_pz.game.prompts import Templates
 from megatron_pz.tasks.base import Task, TextTask
 from megatron_pz.tasks.next_token import NextToken
 from megatron_pz.tasks.pretrain_zero import PretrainZero
 from megatron_pz.tasks.random_span import RandomSpan
+from megatron_pz.tasks.rlvr import Rlvr
 from megatron_pz.tasks.schedule import Scheduled
 from megatron_pz.tasks.supervised import ContinuePretraining, SupervisedFormats
 from megatron_pz.types import Tokenizer
 
 
-def make_task(task: TaskConfig, engine: EngineConfig, tokenizer: Tokenizer, templates: Templates) -> Task | TextTask:
+def make_task(
+    task: TaskConfig,
+    engine: EngineConfig,
+    tokenizer: Tokenizer,
+    templates: Templates,
+    verifier: VerifierConfig | None = None,
+) -> Task | TextTask:
     """A task ready to play, or to hand out text.
+
+    Args:
+        verifier: of `rlvr`; None: as the settings begin.
 
     Raises:
         TokenizerError: the prompts are chat turns and the tokenizer has no chat template.
@@ -35,6 +45,8 @@ def make_task(task: TaskConfig, engine: EngineConfig, tokenizer: Tokenizer, temp
             return RandomSpan(task, engine, tokenizer, templates)
         case "random_ntp" | "entropy_ntp":
             return NextToken(task, engine, tokenizer, templates)
+        case "rlvr":
+            return Rlvr(task, engine, tokenizer, templates, verifier or VerifierConfig())
         case "sft":
             return SupervisedFormats(task, engine, tokenizer, templates)
         case "continue_pt":

@@ -109,7 +109,7 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
     tokenizer = load_tokenizer(config.model.tokenizer or folder)
     check_vocab(tokenizer, int(hf_config["vocab_size"]))
     templates = Templates.load(config.task.template_dir, config.task.prompt_style)
-    task = make_task(config.task, config.engine, tokenizer, templates)
+    task = make_task(config.task, config.engine, tokenizer, templates, config.verifier)
     paragraphs, counts = read_playable(config.corpus.data_path, config, tokenizer, task.prompt_ids)
     sets = _fixed_sets(config, task, tokenizer, templates, paragraphs) if config.evaluate.eval_interval else []
 

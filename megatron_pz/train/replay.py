@@ -81,7 +81,7 @@ def _train(
     tokenizer = load_tokenizer(config.model.tokenizer or folder)
     check_vocab(tokenizer, int(hf_config["vocab_size"]))
     templates = Templates.load(config.task.template_dir, config.task.prompt_style)
-    task = make_task(config.task, config.engine, tokenizer, templates)
+    task = make_task(config.task, config.engine, tokenizer, templates, config.verifier)
     if not isinstance(task, Task):
         raise ConfigError(f"--task is {config.task.task}, which generates nothing that could be saved.")
     journal = CompletionJournal(run_dir / JOURNAL_FOLDER)

@@ -203,13 +203,15 @@ FROZEN_FLAGS = """
 --warm-up-task-steps --paragraphs-per-step --n-masks-per-paragraph --n-predictions-per-mask --mask-validity
 --max-occurrences --max-mask-fraction --match --update --template-dir --prompt-style --max-prompt-tokens
 --generator-weight --predictor-weight --advantage-eps --answer-weight --prompt-weight --span-p --span-max-words
---entropy-share --engine --max-response-tokens --temperature --top-p --max-running-requests --async-steps --stragglers
---over-sampling --server-urls --router-url --api-key-file --num-servers --gpus-per-server --server-python --server-host
---server-port --server-start-timeout-s --request-timeout-s --weight-transport --weight-bucket-mib --pause-mode
---colocate --verify-weights --train-iters --seed --lr --min-lr --lr-decay-style --lr-warmup-iters --lr-decay-iters
---weight-decay --adam-beta1 --adam-beta2 --clip-grad --eps-clip --eps-clip-high --dual-clip --loss-aggregation --kl-coef
---updates-per-batch --importance-sampling --importance-cap --routing-replay --recompute-old-log-probs
---max-tokens-per-micro-batch --log-prob-chunk-tokens --log-prob-kernel --eval-interval --num-fixed-masks
---n-samples-per-fixed-mask --eval-temperature --fixed-mask-seed --run-dir --load --save-interval --keep --async-save
---export-hf --tensorboard --wandb-project --show-rollouts --write-page
+--entropy-share --verifier --verifier-rule --verifier-urls --verifier-name --verifier-api-key-file --verifier-tokenizer
+--verifier-template --verifier-max-tokens --verifier-requests --verifier-tries --verifier-pause-s --verifier-timeout-s
+--length-penalty --length-penalty-cap --no-answer-reward --engine --max-response-tokens --temperature --top-p
+--max-running-requests --async-steps --stragglers --over-sampling --server-urls --router-url --api-key-file
+--num-servers --gpus-per-server --server-python --server-host --server-port --server-start-timeout-s --request-timeout-s
+--weight-transport --weight-bucket-mib --pause-mode --colocate --verify-weights --train-iters --seed --lr --min-lr
+--lr-decay-style --lr-warmup-iters --lr-decay-iters --weight-decay --adam-beta1 --adam-beta2 --clip-grad --eps-clip
+--eps-clip-high --dual-clip --loss-aggregation --kl-coef --updates-per-batch --importance-sampling --importance-cap
+--routing-replay --recompute-old-log-probs --max-tokens-per-micro-batch --log-prob-chunk-tokens --log-prob-kernel
+--eval-interval --num-fixed-masks --n-samples-per-fixed-mask --eval-temperature --fixed-mask-seed --run-dir --load
+--save-interval --keep --async-save --export-hf --tensorboard --wandb-project --show-rollouts --write-page
 """

@@ -211,3 +211,21 @@ def test_all_faults_are_named_at_once():
     faults = str(error.value).splitlines()
     assert len(faults) == 6  # lr, min_lr, keep, eps_clip, the division of 3 by 2, interleaving without a pipeline
     assert not isinstance(error.value, LayoutError)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"verifier": "model"}, r"verifier\.verifier_urls is empty"),
+        ({"length_penalty": 0.1}, r"leaves a right answer 0 "),
+        ({"no_answer_reward": 0.1}, r"no_answer_reward is 0\.1"),
+        ({"verifier_timeout_s": 0.0}, r"verifier_timeout_s is 0\.0"),
+        ({"eval_interval": 5}, r"eval_interval is 5 under task 'rlvr'"),
+        ({"predictor_weight": 0.0}, r"predictor_weight is 0 under rlvr"),
+    ],
+)
+def test_verified_rewards_have_their_rules(fields, told):
+    rlvr = {"task": "rlvr", "eval_interval": 0}
+    validate(config(**rlvr), 1)
+    with pytest.raises(ConfigError, match=told):
+        validate(config(**rlvr | fields), 1)

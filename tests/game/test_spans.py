@@ -51,7 +51,7 @@ def test_a_span_that_cannot_be_hidden_says_why(reason):
 
 def test_every_reason_of_a_mask_is_known_and_tested():
     assert set(MASK_REJECT_REASONS) == {*REJECTED, "prompt_too_long"}  # the last in tests/tasks: it needs a prompt
-    assert set(REJECT_REASONS) == {*MASK_REJECT_REASONS, "no_box"}
+    assert set(REJECT_REASONS) == {*MASK_REJECT_REASONS, "no_box", "unverified"}
 
 
 @pytest.mark.parametrize("answer", ["a [mask] b", "a \\b", "a } b { c"])

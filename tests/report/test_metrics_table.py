@@ -7,7 +7,7 @@ import pytest
 
 from megatron_pz.errors import ReportError
 from megatron_pz.report.metrics import METRICS, TABLE, check, markdown, out_of_range
-from megatron_pz.tasks.base import HEALTH_METRICS
+from megatron_pz.tasks.base import HEALTH_METRICS, VERIFIER_METRICS
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 TASK_SECTIONS = ("Rewards", "Masks", "Predictions", "Groups")
@@ -31,14 +31,15 @@ def test_names_are_there_once_and_rows_are_complete():
 
 
 def test_what_tasks_report_is_known_with_the_same_unit():
-    check(HEALTH_METRICS)
-    differ = {n: (unit, METRICS[n].unit) for n, (unit, _) in HEALTH_METRICS.items() if METRICS[n].unit != unit}
+    reported = HEALTH_METRICS | VERIFIER_METRICS
+    check(reported)
+    differ = {n: (unit, METRICS[n].unit) for n, (unit, _) in reported.items() if METRICS[n].unit != unit}
     assert differ == {}
 
 
 def test_what_the_table_says_of_tasks_tasks_report():
     listed = {name for name, row in METRICS.items() if row.section in TASK_SECTIONS}
-    assert listed - set(HEALTH_METRICS) == set()
+    assert listed - set(HEALTH_METRICS | VERIFIER_METRICS) == set()
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():

@@ -10,6 +10,7 @@ from megatron_pz.tasks.next_token import NextToken
 from megatron_pz.tasks.pretrain_zero import PretrainZero
 from megatron_pz.tasks.random_span import RandomSpan
 from megatron_pz.tasks.registry import make_task
+from megatron_pz.tasks.rlvr import Rlvr
 from megatron_pz.tasks.supervised import ContinuePretraining, SupervisedFormats
 
 TASKS = {
@@ -19,6 +20,7 @@ TASKS = {
     "entropy_ntp": NextToken,
     "continue_pt": ContinuePretraining,
     "sft": SupervisedFormats,
+    "rlvr": Rlvr,
 }
 
 
