@@ -22,8 +22,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_pz.checkpoint.extra_state import drop_absent_states, load_state
 from megatron_pz.checkpoint.manifest import check_manifest, fingerprint, write_manifest
 from megatron_pz.errors import CheckpointError, DiskError
+from megatron_pz.models.quantized import fill
 from megatron_pz.models.shards import complete_weights, unwrap
 
 STATE = "run_state.json"
@@ -112,9 +114,10 @@ class CheckpointStore:
             hint = f" step_{others[-1]:06d} is whole: move {folder.name} away to go on from there." if others else ""
             raise CheckpointError(f"{error}{hint}") from error
         wanted = _sharded(chunks, optimizer, is_loading=True)
+        drop_absent_states(wanted, folder / SHARDS)
         loaded = dist_checkpointing.load(wanted, str(folder / SHARDS))
         for index, chunk in enumerate(chunks):
-            unwrap(chunk).load_state_dict(loaded[f"model{index}"])
+            load_state(unwrap(chunk), loaded[f"model{index}"])
         _keep_learning_rates(loaded["optimizer"], optimizer)
         optimizer.load_state_dict(loaded["optimizer"])
         _separate_steps(optimizer)
@@ -209,9 +212,13 @@ def load_weights(chunks: Sequence[torch.nn.Module], folder: Path) -> None:
     """
     check_manifest(folder, fingerprint(unwrap(chunks[0]).hf_config))
     wanted = {f"model{index}": unwrap(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
+    drop_absent_states(wanted, folder / SHARDS)
     loaded = dist_checkpointing.load(wanted, str(folder / SHARDS))
     for index, chunk in enumerate(chunks):
-        unwrap(chunk).load_state_dict(loaded[f"model{index}"])
+        policy, state = unwrap(chunk), loaded[f"model{index}"]
+        load_state(policy, state)
+        for name, parameter in policy.named_parameters():
+            fill(parameter, state[name])
 
 
 def _sharded(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:

@@ -196,7 +196,7 @@ def test_the_flags_are_these_and_no_others():
 
 
 FROZEN_FLAGS = """
---hf-model --tokenizer --init --params-dtype --make-vocab-size-divisible-by --tensor-model-parallel-size
+--hf-model --tokenizer --init --params-dtype --fp8 --fp8-param-gather --make-vocab-size-divisible-by --tensor-model-parallel-size
 --pipeline-model-parallel-size --virtual-pipeline-model-parallel-size --expert-model-parallel-size
 --expert-tensor-parallel-size --context-parallel-size --sequence-parallel --use-distributed-optimizer
 --data-path --held-out-path --min-paragraph-tokens
