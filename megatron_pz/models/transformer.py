@@ -155,7 +155,7 @@ def fp8_fields(config: Config, fields: dict[str, Any], platform: Platform, trans
     if transformer_impl != "transformer_engine":
         raise ConfigError(
             f"model.fp8 is {model.fp8!r}, but the layers are {transformer_impl!r}; FP8 is Transformer Engine's. Install it "
-            'and leave out [transformer] transformer_impl, or use --fp8 off.'
+            "and leave out [transformer] transformer_impl, or use --fp8 off."
         )
     form, recipe, _, capability = RECIPES[model.fp8]
     if fault := platform.fp8_fault(model.fp8, capability):
@@ -170,7 +170,9 @@ def fp8_fields(config: Config, fields: dict[str, Any], platform: Platform, trans
         sizes["moe_ffn_hidden_size / expert tensor"] = fields["moe_ffn_hidden_size"] // expert_tensor_size(parallel)
     multiple = 32 if model.fp8 == "mxfp8" else 16
     if odd := [f"{name} = {size}" for name, size in sizes.items() if size % multiple]:
-        raise ConfigError(f"model.fp8 is {model.fp8!r}; {', '.join(odd)} must be a multiple of {multiple}. Use --fp8 off.")
+        raise ConfigError(
+            f"model.fp8 is {model.fp8!r}; {', '.join(odd)} must be a multiple of {multiple}. Use --fp8 off."
+        )
     return {"fp8": form, "fp8_recipe": recipe, "fp8_param": model.fp8_param_gather}
 
 

@@ -83,9 +83,11 @@ class Platform(ABC):
         """
         return f"the platform is {self.name}, and FP8 is for CUDA with Transformer Engine"
 
+    @abstractmethod
     def release_unused(self) -> None:
         """Give memory that is held for later use back to the device, for other processes on it."""
 
+    @abstractmethod
     def begin_phase(self) -> None:
         """Count the `peak` of `memory_bytes` anew, where the machine can."""
 
