@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 
 import pytest
@@ -60,7 +61,9 @@ def test_a_handle_does_not_grow_with_the_bucket():
 
 def test_the_way_of_sharing_memory_is_as_before():
     before = torch.multiprocessing.get_sharing_strategy()
+    reducers = dict(ForkingPickler._extra_reducers)
     handle({"tensor": torch.zeros(1)})
+    assert ForkingPickler._extra_reducers == reducers
     assert torch.multiprocessing.get_sharing_strategy() == before
 
 
