@@ -84,6 +84,9 @@ class GroupedLinear(_Base):
             weight = _parameter(out_features, in_features, params_dtype=params_dtype, device=device)
             self.register_parameter(f"weight{index}", weight)
 
+    def init_fp8_metadata(self, num_gemms=1):
+        pass
+
     def forward(self, x, m_splits, is_first_microbatch=None):
         parts = x.split([int(size) for size in m_splits])
         return torch.cat([_product(part, getattr(self, f"weight{i}")) for i, part in enumerate(parts)])
