@@ -94,8 +94,7 @@ def handle(thing: Any) -> str:
     try:
         buffer = bytes_io.BytesIO()
         pickler = ForkingPickler(buffer)
-        # A table of this pickler's own: writing into the one that it has would change every other's.
-        pickler.dispatch_table = pickler.dispatch_table.new_child({Tensor: reduced})  # type: ignore[attr-defined]
+        pickler.dispatch_table = {**pickler.dispatch_table, Tensor: reduced}  # type: ignore[attr-defined]
         pickler.dump(thing)
     finally:
         torch.multiprocessing.set_sharing_strategy(before)
