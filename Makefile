@@ -2,6 +2,7 @@
 #                    ENGINE=sglang has a real SGLang server generate, in runs/demo_sglang
 # make demo-smollm2  the same with SmolLM2-135M-Instruct
 # make test          lint, types, layers, tests        make test-slow  the long ones
+# make test-gpu      the GPU tests, on a machine with one; GPU_PYTHON=python3 where it has torch already
 # make test-latest   the same tests with the newest megatron-core, on Python 3.12, in .venv-latest
 # make clean         removes .venv, .venv-latest, .venv-sglang and caches, keeps runs/
 # PYTHON=python3.12 chooses the interpreter of a new .venv (3.11, else 3.12, by default).
@@ -15,15 +16,16 @@ STEPS ?=
 # Test processes side by side; each computes with one thread.
 WORKERS ?= 2
 PY := .venv/bin/python
+GPU_PYTHON ?= $(PY)
 LATEST := .venv-latest
 OVERRIDES := $(if $(STEPS),--train-iters $(STEPS))
 ENGINE ?= embedded
 SGLANG := $(filter sglang,$(ENGINE))
 
-.PHONY: demo demo-smollm2 demo-corpus smollm2 test test-slow test-latest lint server bench-env clean help
+.PHONY: demo demo-smollm2 demo-corpus smollm2 test test-slow test-latest test-gpu lint server bench-env clean help
 
 help:
-	@sed -n 's/^# //p' Makefile | head -n 7
+	@sed -n 's/^# //p' Makefile | head -n 8
 
 demo: demo-corpus $(if $(SGLANG),server)
 	@$(PY) -m megatron_pz examples/demo.toml --engine $(ENGINE) $(if $(SGLANG),--run-dir runs/demo_sglang) $(OVERRIDES)
@@ -47,6 +49,10 @@ test: lint server
 test-latest: server
 	@PZ_VENV=$(LATEST) PYTHON=$${PYTHON:-python3.12} tools/setup_env.sh test
 	@PZ_NEEDS_SERVER=1 $(LATEST)/bin/python $(QUICK)
+
+# One process: a device is shared, and a process has one platform.
+test-gpu:
+	@PZ_NEEDS_GPU=1 $(GPU_PYTHON) -m pytest -q -rs -m gpu tests/gpu tests/sync/test_handles.py
 
 test-slow: smollm2
 	@tools/setup_env.sh test

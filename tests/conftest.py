@@ -52,7 +52,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     items.sort(key=lambda item: not item.nodeid.startswith(SERVERS))
 
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device; this machine has none"))
+            elif item.nodeid.startswith("tests/gpu/") and not ON_GPU:
+                item.add_marker(pytest.mark.skip(reason="`make test-gpu` runs it: a process has one platform"))
+
+
+ON_GPU = os.environ.get("PZ_NEEDS_GPU") == "1"
+"""Set by `make test-gpu`: a machine without a device fails it."""
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """`make test-gpu` must not pass where it could test nothing."""
+    import torch
+
+    if ON_GPU and not torch.cuda.is_available():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Why `make test-gpu` failed, in one line."""
+    import torch
+
+    if ON_GPU and not torch.cuda.is_available():
+        count = len(terminalreporter.stats.get("skipped", []))
+        terminalreporter.write_line(f"test-gpu: no CUDA device here, {count} tests did not run; this counts as failed")

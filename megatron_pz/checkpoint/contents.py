@@ -14,9 +14,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, is_main_repl
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_pz.checkpoint import optimizer_state
+from megatron_pz.checkpoint.extra_state import drop_absent_states, load_state
 from megatron_pz.checkpoint.pieces import Fact, PieceReader
 from megatron_pz.checkpoint.places import Saved, place_of, sharded_pieces
 from megatron_pz.checkpoint.writer import Piece
+from megatron_pz.models.quantized import fill, plain
 from megatron_pz.models.shards import unwrap
 
 
@@ -31,16 +33,21 @@ def pieces_to_save(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimiz
         else:
             for piece in sharded_pieces(one):
                 place = place_of(piece)
-                found.append((place, piece.data.detach().reshape(place.shape)))
+                found.append((place, plain(piece.data.detach()).reshape(place.shape)))
     found += optimizer_state.pieces_to_save(optimizer, _saved(chunks))
     return found
 
 
 def load_model(chunks: Sequence[torch.nn.Module], shards: Path) -> None:
     """Fill the chunks with the weights in `shards`, written under any layout. Collective."""
-    loaded = dist_checkpointing.load(_described(chunks), str(shards))
+    wanted = _described(chunks)
+    drop_absent_states(wanted, shards)
+    loaded = dist_checkpointing.load(wanted, str(shards))
     for index, chunk in enumerate(chunks):
-        unwrap(chunk).load_state_dict(loaded[f"model{index}"])
+        policy, state = unwrap(chunk), loaded[f"model{index}"]
+        load_state(policy, state)
+        for name, parameter in policy.named_parameters():
+            fill(parameter, state[name])
 
 
 def load_optimizer(

@@ -244,6 +244,30 @@ def servers_are_named_or_started(config: Config, world_size: int) -> Iterator[st
         )
 
 
+def fp8_is_possible(config: Config, world_size: int) -> Iterator[str]:
+    model = config.model
+    if model.fp8_param_gather and (model.fp8 == "off" or not config.parallel.use_distributed_optimizer):
+        yield (
+            f"model.fp8_param_gather is true with model.fp8 {model.fp8!r} and parallel.use_distributed_optimizer "
+            f"{config.parallel.use_distributed_optimizer}; it needs a recipe, e.g. --fp8 blockwise, and the distributed optimizer."
+        )
+    if model.fp8 == "off":
+        return
+    if model.params_dtype != "bfloat16":
+        yield f"model.params_dtype is {model.params_dtype!r} while model.fp8 is {model.fp8!r}; it must be 'bfloat16'."
+    if model.fp8 == "delayed" and config.transformer.get("first_last_layers_bf16"):
+        yield (
+            "transformer.first_last_layers_bf16 is true while model.fp8 is 'delayed', whose scales span all layers; use "
+            "--fp8 blockwise or tensorwise, or leave it out."
+        )
+    generates = config.task.task in GAMES or config.evaluate.eval_interval > 0
+    if config.engine.engine == "embedded" and generates:
+        yield (
+            f"model.fp8 is {model.fp8!r} while engine.engine is 'embedded', which decodes a few tokens at a time, and FP8 "
+            "products take multiples of 16. Use --engine sglang."
+        )
+
+
 def learning_rate_falls(config: Config, world_size: int) -> Iterator[str]:
     train = config.train
     if train.lr_decay_style != "constant" and train.min_lr > train.lr:
@@ -297,6 +321,7 @@ RULES: tuple[Rule, ...] = (
     answers_are_verified,
     sampling_is_possible,
     servers_are_named_or_started,
+    fp8_is_possible,
     learning_rate_falls,
     optimizer_is_stable,
     clips_bound_the_ratio,

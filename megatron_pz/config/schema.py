@@ -23,6 +23,11 @@ class ModelConfig:
     """`pretrained` loads the weights of `hf_model`; `random` takes only its config.json."""
     params_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the weights in the forward; with bfloat16 the optimizer keeps float32 masters."""
+    fp8: Literal["off", "blockwise", "tensorwise", "delayed", "mxfp8"] = "off"
+    """Matrix products of the layers in FP8 (CUDA, Transformer Engine, bfloat16 weights): `blockwise` is for Hopper, `mxfp8` for
+    Blackwell, `tensorwise` and `delayed` scale whole tensors. `[transformer] first_last_layers_bf16 = true` spares the ends."""
+    fp8_param_gather: bool = False
+    """Keep the layers' weights in FP8 too, and gather them so; the optimizer has its float32 masters as before."""
     make_vocab_size_divisible_by: int = 8
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_pz.errors import ModelError
 from megatron_pz.models.names import Entry, Experts, TensorShape, find_entry
+from megatron_pz.models.quantized import fill
 
 if TYPE_CHECKING:
     from megatron_pz.models.policy import PolicyModel
@@ -42,8 +43,7 @@ class Shard:
                 "; ".join(f"{name} has shape {f}, config.json makes it {w}" for name, f, w in faults if f != w) + "."
             )
         piece = self.entry.mapping.to_shard(tensors, self.shape, self.rank, self.size)
-        with torch.no_grad():
-            self.parameter.copy_(piece)
+        fill(self.parameter, piece)
 
     def hf_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the whole HF tensors."""

@@ -115,6 +115,67 @@ def checked_overrides(overrides: dict[str, Any], owned: dict[str, str]) -> dict[
     return dict(overrides)
 
 
+RECIPES = {
+    # Megatron's format and recipe, what a rank's tokens are a multiple of, the compute capability that it needs
+    "blockwise": ("e4m3", "blockwise", 128, (9, 0)),
+    "tensorwise": ("hybrid", "tensorwise", 16, (8, 9)),
+    "delayed": ("hybrid", "delayed", 16, (8, 9)),
+    "mxfp8": ("e4m3", "mxfp8", 32, (10, 0)),
+}
+"""Of each `model.fp8`. Transformer Engine's own products take multiples of 16 tokens; whole blocks of scales make it more.
+
+Source: Megatron-Core's `fp8_utils.get_fp8_align_size`, Transformer Engine's `quantization.check_fp8_block_scaling_support`."""
+
+
+def token_multiple(config: Config) -> int:
+    """What each rank's tokens of a row must be a multiple of: tensor-parallel shares of a sequence, FP8 blocks.
+
+    >>> from megatron_pz.config.schema import ModelConfig
+    >>> token_multiple(Config()), token_multiple(Config(model=ModelConfig(fp8="blockwise")))
+    (1, 128)
+    """
+    parallel = config.parallel
+    shares = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    return shares * (1 if config.model.fp8 == "off" else RECIPES[config.model.fp8][2])
+
+
+def fp8_fields(config: Config, fields: dict[str, Any], platform: Platform, transformer_impl: str) -> dict[str, Any]:
+    """`TransformerConfig` fields of `model.fp8`.
+
+    Args:
+        fields: sizes of the model.
+        transformer_impl: the layers that it is built of.
+
+    Raises:
+        ConfigError: machine, layers or sizes do not do with it.
+    """
+    model, parallel = config.model, config.parallel
+    if model.fp8 == "off":
+        return {}
+    if transformer_impl != "transformer_engine":
+        raise ConfigError(
+            f"model.fp8 is {model.fp8!r}, but the layers are {transformer_impl!r}; FP8 is Transformer Engine's. Install it "
+            "and leave out [transformer] transformer_impl, or use --fp8 off."
+        )
+    form, recipe, _, capability = RECIPES[model.fp8]
+    if fault := platform.fp8_fault(model.fp8, capability):
+        raise ConfigError(f"model.fp8 is {model.fp8!r}, but {fault}. Use --fp8 off, or another recipe.")
+    tensor = parallel.tensor_model_parallel_size
+    sizes = {
+        "hidden_size": fields["hidden_size"],
+        "num_attention_heads x head size / tensor": fields["num_attention_heads"] * fields["kv_channels"] // tensor,
+        "ffn_hidden_size / tensor": fields["ffn_hidden_size"] // tensor,
+    }
+    if fields.get("num_moe_experts"):
+        sizes["moe_ffn_hidden_size / expert tensor"] = fields["moe_ffn_hidden_size"] // expert_tensor_size(parallel)
+    multiple = 32 if model.fp8 == "mxfp8" else 16
+    if odd := [f"{name} = {size}" for name, size in sizes.items() if size % multiple]:
+        raise ConfigError(
+            f"model.fp8 is {model.fp8!r}; {', '.join(odd)} must be a multiple of {multiple}. Use --fp8 off."
+        )
+    return {"fp8": form, "fp8_recipe": recipe, "fp8_param": model.fp8_param_gather}
+
+
 def transformer_config(family: Family, hf: HfConfig, config: Config, platform: Platform) -> TransformerConfig:
     """Megatron's configuration of the model: config.json, then the machine, the layout, and last `[transformer]`.
 
@@ -130,6 +191,7 @@ def transformer_config(family: Family, hf: HfConfig, config: Config, platform: P
     is_half = config.model.params_dtype == "bfloat16"
     precision = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": is_half}
     owned = dict.fromkeys(layout, "parallel") | dict.fromkeys(precision, "model")
+    owned |= dict.fromkeys(("fp8", "fp8_recipe", "fp8_param"), "model")
     owned["moe_enable_routing_replay"] = "train"  # by `routing_replay`, whose place Megatron's own would take
     overrides = checked_overrides(config.transformer, owned)
     if fields.get("num_moe_experts"):
@@ -140,6 +202,7 @@ def transformer_config(family: Family, hf: HfConfig, config: Config, platform: P
     # Megatron's default dispatcher refuses micro-batches of different lengths, in dense models too.
     dispatcher = {"moe_token_dispatcher_type": "alltoall"}
     merged = {**dispatcher, **fields, **defaults, **layout, **precision, "calculate_per_token_loss": True, **overrides}
+    merged |= fp8_fields(config, fields, platform, merged["transformer_impl"])
     _correct_router_losses(merged)
     try:
         return TransformerConfig(**merged)

@@ -100,7 +100,8 @@ def shapes_only(config: Config) -> Config:
     table = {
         name: value for name, value in config.transformer.items() if not name.startswith(how) and "fusion" not in name
     }
-    model = dataclasses.replace(config.model, init="pretrained")  # weights would be loaded: none are drawn
+    # Weights would be loaded: none are drawn. The planner counts them, their gradients and masters as in bfloat16.
+    model = dataclasses.replace(config.model, init="pretrained", fp8="off", fp8_param_gather=False)
     return dataclasses.replace(config, model=model, transformer=table)
 
 

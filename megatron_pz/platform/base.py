@@ -38,6 +38,8 @@ class Platform(ABC):
 
     name: ClassVar[str]
     backend: ClassVar[Literal["gloo", "nccl"]]
+    counts_phases: ClassVar[bool] = False
+    """Whether `begin_phase` has `memory_bytes` count its peak anew."""
 
     @property
     @abstractmethod
@@ -75,6 +77,23 @@ class Platform(ABC):
     def tensor(self, values: np.ndarray) -> torch.Tensor:
         """`values` on the device; nobody waits until they are there."""
         return torch.as_tensor(values).to(self.device)
+
+    def fp8_fault(self, recipe: str, capability: tuple[int, int]) -> str | None:
+        """Why FP8 products cannot be had here, None if they can.
+
+        Args:
+            recipe: of `model.fp8`.
+            capability: the least compute capability.
+        """
+        return f"the platform is {self.name}, and FP8 is for CUDA with Transformer Engine"
+
+    @abstractmethod
+    def release_unused(self) -> None:
+        """Give memory that is held for later use back to the device, for other processes on it."""
+
+    @abstractmethod
+    def begin_phase(self) -> None:
+        """Count the `peak` of `memory_bytes` anew, where the machine can."""
 
     def packed_seq_params(
         self,

@@ -43,6 +43,12 @@ class CpuPlatform(Platform):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
         return {"allocated": psutil.Process().memory_info().rss, "peak": peak}
 
+    def release_unused(self) -> None:
+        """Return: the system has what was freed."""
+
+    def begin_phase(self) -> None:
+        """Return: a process's peak is that of its whole life."""
+
     def transformer_defaults(self, transformer_impl: str | None = None) -> dict[str, Any]:
         """No fused kernels; weights initialised on the CPU, whole and then cut, so that layouts start equal."""
         from megatron_pz.platform.local_spec import LOCAL_DEFAULTS

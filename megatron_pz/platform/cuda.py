@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from packaging.version import Version
 
 from megatron_pz.errors import ConfigError
 from megatron_pz.platform import harmless, shim, transformer_engine
@@ -23,6 +25,7 @@ class CudaPlatform(Platform):
 
     name: ClassVar[str] = "cuda"
     backend: ClassVar[Literal["gloo", "nccl"]] = "nccl"
+    counts_phases: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self._engine_fault: str | None = "not looked for yet"
@@ -59,6 +62,27 @@ class CudaPlatform(Platform):
     def memory_bytes(self) -> dict[str, int]:
         """Bytes of torch's allocator on this GPU."""
         return {"allocated": torch.cuda.memory_allocated(), "peak": torch.cuda.max_memory_allocated()}
+
+    def release_unused(self) -> None:
+        """Give back the blocks that torch's allocator keeps: a server on the same GPU cannot have them otherwise."""
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def begin_phase(self) -> None:
+        """Forget the peak so far."""
+        torch.cuda.reset_peak_memory_stats()
+
+    def fp8_fault(self, recipe: str, capability: tuple[int, int]) -> str | None:
+        """What this GPU or its CUDA lacks."""
+        if self._engine_fault:
+            return self._engine_fault
+        found = torch.cuda.get_device_capability()
+        if found < capability:
+            wanted, has = (".".join(map(str, version)) for version in (capability, found))
+            return f"{torch.cuda.get_device_name()} has compute capability {has}, and it needs {wanted}"
+        if recipe == "blockwise" and Version(torch.version.cuda or "0") < Version("12.9"):
+            return f"torch was built for CUDA {torch.version.cuda}, and it needs 12.9"
+        return None
 
     def transformer_defaults(self, transformer_impl: str | None = None) -> dict[str, Any]:
         """Transformer Engine with its fusions, unless the local layers are asked for."""
@@ -99,9 +123,6 @@ class CudaPlatform(Platform):
             )
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-        from megatron_pz.platform.cuda_layers import CachedAttention
+        from megatron_pz.platform.cuda_layers import prepare
 
-        block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-        for layer in block.layer_specs:
-            layer.submodules.self_attention.submodules.core_attention = CachedAttention
-        return block
+        return prepare(get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_pz.errors import ModelError
 from megatron_pz.models.names import Experts
+from megatron_pz.models.quantized import plain
 from megatron_pz.models.shards import Shard, complete_weights, shards_of
 
 
@@ -35,14 +36,14 @@ def iterate_hf_tensors(
     shards = {shard.hf_names: shard for shard in shards_of(chunks) if shard.entry.is_exported}
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         for shard in shards.values():
-            yield from _whole(shard, [shard.parameter.detach()])
+            yield from _whole(shard, [plain(shard.parameter)])
         return
     gets_them = to_rank in (None, dist.get_rank())
     held: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(held, list(shards), group=group)
     for names in dict.fromkeys(names for rank_names in held for names in rank_names):
         own = shards.get(names)
-        sent = (_recipe(own), own.rank, own.parameter.detach().cpu()) if own and _is_first_replica(own) else None
+        sent = (_recipe(own), own.rank, plain(own.parameter).cpu()) if own and _is_first_replica(own) else None
         pieces: list[Any] | None = [None] * len(held) if gets_them else None
         if to_rank is None:
             dist.all_gather_object(pieces, sent, group=group)

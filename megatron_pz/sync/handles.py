@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_pz.engine.sglang.control import Control
 from megatron_pz.engine.sglang.io_thread import IoThread
+from megatron_pz.platform.ipc import reduced
 from megatron_pz.sync.buckets import buckets
 from megatron_pz.sync.push import Receivers, Sent
 from megatron_pz.sync.tensor import flattened
@@ -92,7 +93,9 @@ def handle(thing: Any) -> str:
     torch.multiprocessing.set_sharing_strategy("file_system")
     try:
         buffer = bytes_io.BytesIO()
-        ForkingPickler(buffer).dump(thing)
+        pickler = ForkingPickler(buffer)
+        pickler.dispatch_table = {**pickler.dispatch_table, Tensor: reduced}
+        pickler.dump(thing)
     finally:
         torch.multiprocessing.set_sharing_strategy(before)
     return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -15,6 +15,7 @@ from megatron_pz.batch.schedule import hands
 from megatron_pz.config.schema import Config
 from megatron_pz.models.family import HfConfig
 from megatron_pz.models.flops import forward_flops
+from megatron_pz.models.transformer import token_multiple
 from megatron_pz.train.parallel import Parallel
 from megatron_pz.types import Sample, UpdatePlan
 
@@ -65,7 +66,7 @@ def divisors(config: Config) -> dict[str, int]:
     sizes = config.parallel
     group = config.transformer.get("microbatch_group_size_per_vp_stage", sizes.pipeline_model_parallel_size)
     return {
-        "align": sizes.tensor_model_parallel_size if sizes.sequence_parallel else 1,
+        "align": token_multiple(config),
         "context_size": sizes.context_parallel_size,
         "count_multiple": group if sizes.virtual_pipeline_model_parallel_size > 1 else 1,
     }

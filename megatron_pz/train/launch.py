@@ -132,6 +132,9 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
             )
     console = Console(config.train.train_iters, state.step, enabled=parallel.is_rank0)
     has_record = config.engine.engine == "sglang" and parallel.is_rank0
+    if config.sglang.colocate:  # before servers start, which take what memory is free then
+        trainer.sleep()
+        platform.release_unused()
     record: Record = ServerRecord(run_dir, chunks, config.engine) if has_record else NoRecord()
     engine = make_engine(config, chunks, parallel, folder, hf_config, console.message)
     with closing(engine), closing(record), closing(store):
@@ -251,7 +254,7 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
 
 def _memory(config: Config, engine: Engine, trainer: Trainer, platform: Platform) -> Memory:
     if not config.sglang.colocate:
-        return OwnMemory()
+        return OwnMemory(platform)
     return SharedMemory(engine.sleep, engine.wake, trainer.sleep, trainer.wake, platform)
 
 

@@ -24,7 +24,10 @@ def ddp_config(config: Config) -> DistributedDataParallelConfig:
         "ddp",
         config.ddp,
         ours={"grad_reduce_in_fp32": True},
-        owned={"use_distributed_optimizer": ("parallel", config.parallel.use_distributed_optimizer)},
+        owned={
+            "use_distributed_optimizer": ("parallel", config.parallel.use_distributed_optimizer),
+            "fp8_param_gather": ("model", config.model.fp8_param_gather),
+        },
     )
 
 

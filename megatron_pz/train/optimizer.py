@@ -73,6 +73,7 @@ def optimizer_config(config: Config) -> OptimizerConfig:
             "clip_grad": ("train", train.clip_grad),
             "bf16": ("model", is_half),
             "params_dtype": ("model", torch_dtype(config.model.params_dtype)),
+            "fp8_recipe": ("model", None if config.model.fp8 == "off" else config.model.fp8),
             "use_distributed_optimizer": ("parallel", config.parallel.use_distributed_optimizer),
         },
     )

@@ -196,12 +196,12 @@ def test_the_flags_are_these_and_no_others():
 
 
 FROZEN_FLAGS = """
---hf-model --tokenizer --init --params-dtype --make-vocab-size-divisible-by --tensor-model-parallel-size
---pipeline-model-parallel-size --virtual-pipeline-model-parallel-size --expert-model-parallel-size
---expert-tensor-parallel-size --context-parallel-size --sequence-parallel --use-distributed-optimizer --data-path
---held-out-path --min-paragraph-tokens --max-paragraph-tokens --skip-bad-lines --task --warm-up-task
---warm-up-task-steps --paragraphs-per-step --n-masks-per-paragraph --n-predictions-per-mask --mask-validity
---max-occurrences --max-mask-fraction --match --update --template-dir --prompt-style --max-prompt-tokens
+--hf-model --tokenizer --init --params-dtype --fp8 --fp8-param-gather --make-vocab-size-divisible-by
+--tensor-model-parallel-size --pipeline-model-parallel-size --virtual-pipeline-model-parallel-size
+--expert-model-parallel-size --expert-tensor-parallel-size --context-parallel-size --sequence-parallel
+--use-distributed-optimizer --data-path --held-out-path --min-paragraph-tokens --max-paragraph-tokens --skip-bad-lines
+--task --warm-up-task --warm-up-task-steps --paragraphs-per-step --n-masks-per-paragraph --n-predictions-per-mask
+--mask-validity --max-occurrences --max-mask-fraction --match --update --template-dir --prompt-style --max-prompt-tokens
 --generator-weight --predictor-weight --advantage-eps --answer-weight --prompt-weight --span-p --span-max-words
 --entropy-share --verifier --verifier-rule --verifier-urls --verifier-name --verifier-api-key-file --verifier-tokenizer
 --verifier-template --verifier-max-tokens --verifier-requests --verifier-tries --verifier-pause-s --verifier-timeout-s

@@ -1,17 +1,28 @@
 """Another process reads a bucket through its handle (sync/handles.py): shared memory on a CPU, CUDA IPC on a GPU."""
 
+import inspect
 import subprocess
 import sys
+from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.multiprocessing import reductions
 
+from megatron_pz.platform.ipc import reduced
 from megatron_pz.sync.handles import handle
 from megatron_pz.sync.tensor import flattened
 
 READER = """
 import base64, pickle, sys
 import torch
+from torch.multiprocessing import reductions
+original = reductions.rebuild_cuda_tensor
+def by_uuid(*arguments):  # as SGLang: a GPU is named by its UUID
+    uuids = [str(torch.cuda.get_device_properties(at).uuid) for at in range(torch.cuda.device_count())]
+    return original(*arguments[:6], uuids.index(arguments[6]), *arguments[7:])
+reductions.rebuild_cuda_tensor = by_uuid
 bucket = pickle.loads(base64.b64decode(sys.stdin.readline()))
 flat = bucket["flattened_tensor"]
 for place in bucket["metadata"]:
@@ -50,5 +61,34 @@ def test_a_handle_does_not_grow_with_the_bucket():
 
 def test_the_way_of_sharing_memory_is_as_before():
     before = torch.multiprocessing.get_sharing_strategy()
+    reducers = dict(ForkingPickler._extra_reducers)
     handle({"tensor": torch.zeros(1)})
+    assert ForkingPickler._extra_reducers == reducers
     assert torch.multiprocessing.get_sharing_strategy() == before
+
+
+def test_a_gpu_is_named_by_its_uuid_since_a_server_counts_only_its_own(monkeypatch):
+    # Torch's recipe as it stands for CUDA, without a device: the number of the GPU is the seventh argument.
+    arguments = (
+        torch.Tensor,
+        (2,),
+        (1,),
+        0,
+        "storage",
+        torch.bfloat16,
+        3,
+        "handle",
+        64,
+        0,
+        False,
+        "counter",
+        0,
+        None,
+        False,
+    )
+    monkeypatch.setattr(reductions, "reduce_tensor", lambda tensor: (reductions.rebuild_cuda_tensor, arguments))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"uuid of {device}"))
+    rebuild, found = reduced(torch.zeros(2))
+    assert rebuild is reductions.rebuild_cuda_tensor
+    assert found == (*arguments[:6], "uuid of 3", *arguments[7:])
+    assert list(inspect.signature(reductions.rebuild_cuda_tensor).parameters)[6] == "storage_device"

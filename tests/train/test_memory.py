@@ -11,6 +11,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from megatron_pz.batch.schedule import plan_update  # noqa: E402
+from megatron_pz.platform.cpu import CpuPlatform  # noqa: E402
 from megatron_pz.report.metrics import check  # noqa: E402
 from megatron_pz.train.memory import SharedMemory  # noqa: E402
 from megatron_pz.train.model import build_model  # noqa: E402
@@ -61,7 +62,7 @@ def test_a_trainer_that_slept_between_updates_learns_the_same_to_the_bit(paralle
 
 
 def test_never_are_both_awake_and_each_phase_is_measured():
-    awake, log = {"engine", "trainer"}, []
+    awake, log = {"engine"}, []  # the trainer sleeps before servers start
 
     def moves(who, up):
         def move():
@@ -84,4 +85,49 @@ def test_never_are_both_awake_and_each_phase_is_measured():
         assert len(metrics) == 2 and min(metrics.values()) > 0
         assert memory.lap() == {}
     turn = ["engine sleeps", "trainer wakes", "trainer sleeps", "engine wakes"]
-    assert log == ["trainer sleeps", *turn, *turn]
+    assert log == [*turn, *turn]
+
+
+class Counted(CpuPlatform):
+    """A device whose memory is a number that the test sets."""
+
+    counts_phases = True
+
+    def __init__(self):
+        self.allocated = self.peak = self.kept = 0
+
+    def memory_bytes(self):
+        return {"allocated": self.allocated, "peak": self.peak}
+
+    def begin_phase(self):
+        self.peak = self.allocated
+
+    def release_unused(self):
+        self.kept = 0
+
+    def take(self, allocated, peak):
+        self.allocated, self.peak, self.kept = allocated, max(self.peak, peak), peak
+
+
+def test_each_phase_has_its_own_peak_and_servers_wake_when_freed_memory_was_given_back():
+    device, kept_at_waking = Counted(), []
+    memory = SharedMemory(
+        lambda: None,
+        lambda: kept_at_waking.append(device.kept),
+        lambda: device.take(10, 10),
+        lambda: device.take(50, 50),
+        device,
+    )
+    device.take(10, 20)  # play
+    memory.to_trainer()
+    device.take(50, 90)  # update
+    memory.to_engine()
+    device.take(10, 35)  # weights are handed over
+    assert memory.lap() == {
+        "memory/trainer_asleep_bytes": 10,
+        "memory/trainer_awake_bytes": 50,
+        "memory/peak_play_bytes": 20,
+        "memory/peak_update_bytes": 90,
+        "memory/peak_sync_bytes": 35,
+    }
+    assert kept_at_waking == [0] and device.kept == 0

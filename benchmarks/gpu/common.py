@@ -1,0 +1,105 @@
+"""What the GPU benchmarks share: arguments, the card's ceilings measured in the same run, records, the table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "transformers", "sglang", "liger-kernel", "trl")
+
+
+def arguments(doc: str) -> argparse.ArgumentParser:
+    """`--out DIR` and `--smoke`, to which a part may add its own."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/gpu-bench", help="folder of the records")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, on the CPU too: does it run?")
+    return parser
+
+
+def device(smoke: bool) -> torch.device:
+    """The GPU; in a smoke run without one, the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    if smoke:
+        return torch.device("cpu")
+    raise SystemExit("needs a CUDA device; --smoke runs on a CPU")
+
+
+def seconds(run: Callable[[], Any], repeats: int, on: torch.device) -> list[float]:
+    """Wall time of each of `repeats` runs, the device waited for."""
+    found = []
+    for _ in range(repeats):
+        wait(on)
+        began = time.perf_counter()
+        run()
+        wait(on)
+        found.append(time.perf_counter() - began)
+    return found
+
+
+def wait(on: torch.device) -> None:
+    if on.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def gemm_flops(on: torch.device, size: int = 8192, dtype: torch.dtype = torch.bfloat16) -> float:
+    """FLOP/s of the fastest of ten square products: what utilisation is measured against."""
+    size = size if on.type == "cuda" else 256
+    left, right = (torch.randn(size, size, device=on, dtype=dtype) for _ in range(2))
+    torch.mm(left, right)
+    return 2 * size**3 / min(seconds(lambda: torch.mm(left, right), 10, on))
+
+
+def copy_rate(on: torch.device, num_bytes: int = 2**30) -> float:
+    """Bytes a second that a copy on the device moves, counted once."""
+    source = torch.empty(num_bytes if on.type == "cuda" else 2**22, dtype=torch.uint8, device=on)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return source.numel() / min(seconds(lambda: target.copy_(source), 10, on))
+
+
+def machine(on: torch.device) -> dict[str, Any]:
+    """Card, versions, commit, day."""
+    found: dict[str, Any] = {"date": str(date.today()), "device": "cpu"}
+    if on.type == "cuda":
+        found["device"] = torch.cuda.get_device_name(on)
+        found["memory_gib"] = round(torch.cuda.get_device_properties(on).total_memory / 2**30, 1)
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return found | {"commit": done.stdout.strip() or None}
+
+
+def write(out: Path, part: str, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """`PART.json`, in place of an older one, and its rows on the console.
+
+    A row has `what`, `measured` (text), and where there is one `aim` and `met`, or `reason` where it could not be measured.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / f".{part}.json"
+    partial.write_text(json.dumps({"part": part, **facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    partial.rename(out / f"{part}.json")
+    print("\n".join(table(rows)))
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = ["| what | measured | aim | met |", "|---|---|---|---|"]
+    for row in rows:
+        measured = row.get("measured") or f"not run: {row['reason']}"
+        met = {True: "yes", False: "no", None: ""}[row.get("met")]
+        lines.append(f"| {row['what']} | {measured} | {row.get('aim', '')} | {met} |")
+    return lines

@@ -1,0 +1,138 @@
+"""A learning curve on one GPU: PretrainZero, the random-span baseline and a control that does not learn, over seeds.
+
+Each is an ordinary run, `python -m megatron_pz CONFIG`, colocated with a server where SGLang is, else with the embedded engine.
+Runs that are done are not repeated, so that the same command goes on after it was cut. The record has every score of the fixed
+masks and an SVG of the curves.
+
+Usage: curve.py [--out DIR] [--smoke] [--config examples/demo.toml] [--seeds 3] [--steps 40] [--minutes 9] [--server-python PYTHON]
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, arguments, device, machine, write
+
+ARMS = {
+    "pretrain_zero": [],
+    "random_span": ["--task", "random_span"],
+    "control": ["--lr", "0", "--min-lr", "0", "--lr-decay-style", "constant"],
+}
+COLOURS = {"pretrain_zero": "#1b6ca8", "random_span": "#c05a00", "control": "#777777"}
+METRIC = "eval/{}/accuracy"
+
+
+def command(arm: str, seed: int, run_dir: Path, given: Any, on_gpu: bool) -> list[str]:
+    """One run."""
+    flags = ["--run-dir", str(run_dir), "--seed", str(seed), "--train-iters", str(given.steps), *ARMS[arm]]
+    if given.smoke:
+        flags += ["--paragraphs-per-step", "2", "--n-masks-per-paragraph", "2", "--n-predictions-per-mask", "2"]
+        flags += ["--num-fixed-masks", "8", "--eval-interval", "1", "--show-rollouts", "0"]
+    if on_gpu and given.server_python:
+        flags += [
+            "--engine",
+            "sglang",
+            "--colocate",
+            "--server.mem-fraction-static",
+            "0.6",
+            "--gpus-per-server",
+            "1",
+            "--server-python",
+            given.server_python,
+        ]
+        flags += ["--params-dtype", "bfloat16"]
+    return [sys.executable, "-m", "megatron_pz", given.config, *flags]
+
+
+def scores(run_dir: Path, name: str) -> dict[int, float]:
+    """Accuracy by step."""
+    file = run_dir / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    return {row["step"]: row[METRIC.format(name)] for row in rows if METRIC.format(name) in row}
+
+
+def plot(curves: dict[str, list[dict[int, float]]]) -> str:
+    """Mean over seeds as a line, each seed thin beside it."""
+    steps = sorted({step for seeds in curves.values() for seed in seeds for step in seed}) or [0]
+    top = max([0.01, *(value for seeds in curves.values() for seed in seeds for value in seed.values())])
+    last = max(1, steps[-1])
+
+    def line(curve: dict[int, float], colour: str, width: float) -> str:
+        at = " ".join(
+            f"{50 + 530 * step / last:.1f},{320 - 290 * value / top:.1f}" for step, value in sorted(curve.items())
+        )
+        return f'<polyline points="{at}" fill="none" stroke="{colour}" stroke-width="{width}"/>'
+
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 360" font-family="sans-serif" font-size="12">']
+    parts += ['<path d="M50 30V320H580" fill="none" stroke="#444"/>', f'<text x="8" y="36">{top:.0%}</text>']
+    parts += ['<text x="28" y="324">0</text>', f'<text x="540" y="340">step {last}</text>']
+    for place, (arm, seeds) in enumerate(curves.items()):
+        shared = [step for step in steps if seeds and all(step in seed for seed in seeds)]
+        parts += [line(seed, COLOURS[arm], 0.6) for seed in seeds]
+        parts.append(line({step: statistics.mean(seed[step] for seed in seeds) for step in shared}, COLOURS[arm], 2.4))
+        parts.append(f'<text x="{60 + 150 * place}" y="18" fill="{COLOURS[arm]}">{arm}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--config", default="examples/demo.toml")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, help="no run is begun after so long; the same command goes on"
+    )
+    parser.add_argument("--server-python", default="")
+    given = parser.parse_args()
+    on = device(given.smoke)
+    if given.smoke:
+        given.seeds, given.steps = 1, 2
+    began, reason = time.monotonic(), ""
+    for seed in range(given.seeds):  # all arms of a seed before the next: what there is can always be compared
+        for arm in ARMS:
+            run_dir = given.out.resolve() / "curve" / f"{arm}-{seed}"
+            if (run_dir / "report.html").is_file():
+                continue
+            if time.monotonic() - began > 60 * given.minutes:
+                reason = "out of time; the same command goes on"
+                continue
+            done = subprocess.run(
+                command(arm, seed, run_dir, given, on.type == "cuda"), cwd=ROOT, capture_output=True, text=True
+            )
+            if done.returncode:
+                reason = f"{arm}, seed {seed}: {done.stderr.strip().splitlines()[-1][:160] if done.stderr.strip() else done.returncode}"
+    rows: list[dict[str, Any]] = []
+    all_curves = {}
+    for name in ("fixed_masks", "held_out"):
+        found = {
+            arm: [scores(given.out / "curve" / f"{arm}-{seed}", name) for seed in range(given.seeds)] for arm in ARMS
+        }
+        curves = {arm: [curve for curve in seeds if len(curve) > 1] for arm, seeds in found.items()}
+        all_curves[name] = curves
+        for arm, seeds in curves.items():
+            rises = [curve[max(curve)] - curve[min(curve)] for curve in seeds]
+            text = (
+                f"{statistics.mean(rises):+.1%} over {len(rises)} seeds ({min(rises):+.1%} to {max(rises):+.1%})"
+                if rises
+                else ""
+            )
+            rows.append(
+                {
+                    "what": f"{arm}, {name}: accuracy, end less beginning",
+                    "measured": text,
+                    "reason": reason or "no score",
+                }
+            )
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / f"curve_{name}.svg").write_text(plot(curves), encoding="utf-8")
+    write(given.out, "curve", rows, {**machine(on), "steps": given.steps, "curves": all_curves})
+
+
+if __name__ == "__main__":
+    main()

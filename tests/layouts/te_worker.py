@@ -1,0 +1,157 @@
+"""Megatron's Transformer Engine layers on a CPU (tests/stand_in) beside its local ones, in one process.
+
+python te_worker.py FOLDER
+
+FOLDER gets `report.json`: for each model `logits` (largest difference to `transformers`), `gradients` (largest relative difference
+of a parameter's gradient to the local layers'), `bitwise` (HF tensors that did not come back bit for bit), `keys` (places in a
+checkpoint that only one side has, extra states left aside); for some `crossed` (parameters that a checkpoint of the other side
+fills otherwise); and `fp8`, by recipe what the products saw, and the loss beside that of bfloat16.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "stand_in"))
+
+import torch
+import transformer_engine  # noqa: F401  # before the platform, which would hide it
+
+from megatron_pz.platform.select import select_platform
+
+LOCAL = select_platform("cpu")
+
+import hf_models  # noqa: E402
+from builders import sample  # noqa: E402
+from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
+from transformer_engine.pytorch import SEEN  # noqa: E402
+
+from megatron_pz.batch.schedule import plan_update  # noqa: E402
+from megatron_pz.checkpoint.extra_state import drop_absent_states, load_state  # noqa: E402
+from megatron_pz.checkpoint.hf_import import load_hf_weights  # noqa: E402
+from megatron_pz.config.schema import Config, ModelConfig, TrainConfig  # noqa: E402
+from megatron_pz.models.folder import read_hf_config  # noqa: E402
+from megatron_pz.models.policy import build_policy  # noqa: E402
+from megatron_pz.models.shards import shards_of  # noqa: E402
+from megatron_pz.platform.cpu import CpuPlatform  # noqa: E402
+from megatron_pz.platform.cuda_layers import prepare  # noqa: E402
+from megatron_pz.platform.local_spec import LOCAL_DEFAULTS  # noqa: E402
+from megatron_pz.sync.export import iterate_hf_tensors  # noqa: E402
+from megatron_pz.train.deal import divisors  # noqa: E402
+from megatron_pz.train.model import build_model  # noqa: E402
+from megatron_pz.train.parallel import init_parallel, shutdown  # noqa: E402
+from megatron_pz.train.step import Trainer  # noqa: E402
+
+CROSSED = ("qwen3", "qwen3_moe mixed")
+ROW = torch.cat(hf_models.sequences())
+POSITIONS = torch.cat([torch.arange(length) for length in hf_models.LENGTHS])
+BOUNDS = torch.tensor([0, *hf_models.LENGTHS]).cumsum(0)
+
+
+class StandIn(CpuPlatform):
+    """What `CudaPlatform` asks of Megatron, without its fused kernels."""
+
+    def transformer_defaults(self, transformer_impl=None):
+        fields = {"transformer_impl": "transformer_engine", "moe_grouped_gemm": True, "use_cpu_initialization": True}
+        return {**LOCAL_DEFAULTS, **fields}
+
+    def layer_spec(self, config, vp_stage=None):
+        return prepare(get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage))
+
+    def fp8_fault(self, recipe, capability):
+        return None
+
+
+def answers(model):
+    return model(ROW[None], POSITIONS[None], packed_seq_params=LOCAL.packed_seq_params(BOUNDS))[0]
+
+
+def gradients(model):
+    model.zero_grad()
+    log_probs, _ = model(
+        ROW[None],
+        POSITIONS[None],
+        packed_seq_params=LOCAL.packed_seq_params(BOUNDS),
+        labels=ROW.roll(-1)[None],
+    )
+    log_probs.sum().backward()
+    return {shard.hf_names: shard.parameter.grad for shard in shards_of([model])}
+
+
+def places(model):
+    return {value.key for value in model.sharded_state_dict().values() if "_extra_state" not in value.key}
+
+
+def crossed(writer, reader, folder):
+    """Names of parameters that a checkpoint of `writer` fills otherwise than they are there."""
+    folder.mkdir()
+    dist_checkpointing.save({"model0": writer.sharded_state_dict()}, str(folder))
+    with torch.no_grad():
+        for parameter in reader.parameters():
+            parameter.zero_()
+    wanted = {"model0": reader.sharded_state_dict()}
+    drop_absent_states(wanted, folder)
+    load_state(reader, dist_checkpointing.load(wanted, str(folder))["model0"])
+    right = {shard.hf_names: shard.parameter for shard in shards_of([writer])}
+    return [s.hf_names[0] for s in shards_of([reader]) if not torch.equal(s.parameter, right[s.hf_names])]
+
+
+def compared(name, folder, scratch):
+    hf_models.make(name, folder)
+    config, hf = Config(train=TrainConfig(log_prob_chunk_tokens=5)), read_hf_config(folder)
+    local, engine = (build_policy(hf, config, platform) for platform in (LOCAL, StandIn()))
+    for model in (local, engine):
+        load_hf_weights([model], folder)
+    with torch.no_grad():
+        found = {"logits": float((answers(engine) - hf_models.expected_logits(folder)).abs().max())}
+    pairs = [(gradient, gradients(local)[names]) for names, gradient in gradients(engine).items()]
+    found["gradients"] = max(float((a - b).norm() / b.norm().clamp_min(1e-6)) for a, b in pairs)
+    right = hf_models.tensors(folder)
+    found["bitwise"] = [n for n, tensor in iterate_hf_tensors([engine]) if not torch.equal(tensor, right[n])]
+    found["keys"] = sorted(places(local) ^ places(engine))
+    if name in CROSSED:
+        one, two = crossed(local, engine, scratch / "a"), crossed(engine, local, scratch / "b")
+        found["crossed"] = one + two
+    return found
+
+
+def fp8(parallel):
+    """By recipe: the products that it saw, and the loss of one update, which these plain products leave as it was."""
+    hf = hf_models.SMALL | hf_models.EXPERTS | {"model_type": "qwen3_moe", "norm_topk_prob": True, "rope_theta": 1e4}
+    samples = [sample((5, 9, 20), (7, 1)), sample((5, 9), (11, 3, 1), advantage=-0.5)]
+    found = {}
+    for recipe in ("off", "blockwise", "tensorwise", "delayed", "mxfp8"):
+        sizes = {"hidden_size": 64, "vocab_size": 90}
+        ends = {} if recipe in ("off", "delayed") else {"first_last_layers_bf16": True}
+        config = Config(
+            model=ModelConfig(init="random", params_dtype="bfloat16", fp8=recipe),
+            transformer=ends | ({} if recipe == "off" else {"num_layers_at_end_in_bf16": 0}),
+        )
+        SEEN.clear()
+        trainer = Trainer(build_model(hf | sizes, config, StandIn(), parallel), config, LOCAL, parallel)
+        plan = plan_update(samples, max_tokens=64, dp_size=1, loss_aggregation="token_mean", **divisors(config))
+        result = trainer.step(plan, lr_step=1)
+        found[recipe] = {
+            "seen": sorted(set(SEEN)),
+            "products": len(SEEN),
+            "loss": result.loss,
+            "recipe": [trainer.chunks[0].config.fp8, trainer.chunks[0].config.fp8_recipe],
+            "row": plan.micro_batches[0][0].num_tokens,
+        }
+    return found
+
+
+def main(folder):
+    parallel = init_parallel(Config().parallel, LOCAL, seed=1)
+    report = {name: compared(name, folder / name, folder / f"{name} saved") for name in hf_models.MODELS}
+    report["fp8"] = fp8(parallel)
+    shutdown()
+    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    for name in CROSSED:
+        (root / f"{name} saved").mkdir(parents=True)
+    main(root)
