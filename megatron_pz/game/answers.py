@@ -36,7 +36,7 @@ def read_answer(response: str, finish_reason: FinishReason) -> AnswerReading:
 
 def normalise(answer: str) -> str:
     r"""`answer` without LaTeX's and white space's accidents: one outer `\text{}` or `\mathrm{}` unwrapped, escapes
-    undone, Unicode NFKC (so that full-width and half-width forms are one), white space stripped and collapsed. Nothing else is forgiven.
+    undone, Unicode NFKC (widths of characters are one), white space stripped and collapsed. Nothing else is forgiven.
 
     >>> normalise(r" \text{Tom \& Jerry} ")
     'Tom & Jerry'

@@ -65,6 +65,8 @@ def test_chance_hides_whole_words_of_few_characters(paragraph):
         assert max(len(words(mask.answer)) for mask in masks) == 3
 
 
-@pytest.mark.parametrize(("text", "only"), [("的是", True), ("因为", True), ("的山", False), ("그리고", True), ("호박을", False)])
+@pytest.mark.parametrize(
+    ("text", "only"), [("的是", True), ("因为", True), ("的山", False), ("그리고", True), ("호박을", False)]
+)
 def test_function_words(text, only):
     assert is_stop_words(text) is only
