@@ -32,7 +32,9 @@ def in_order(make: Callable[[], Callable[[Any], Any]], work: Iterable[Any], num_
         asked: deque[Connection] = deque()
         for number, piece in enumerate(work):
             connection = workers[number % num_workers][1]
-            if len(asked) == num_workers:  # of this worker: two that send large pieces to each other would wait for ever
+            if (
+                len(asked) == num_workers
+            ):  # of this worker: two that send large pieces to each other would wait for ever
                 yield _answer(asked.popleft())
             connection.send(piece)
             asked.append(connection)
