@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - wikitext as it comes
 """From sources to a store: what is cleaned, counted, kept and found again."""
 
 import bz2
