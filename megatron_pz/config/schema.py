@@ -55,9 +55,9 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class CorpusConfig:
     data_path: str = ""
-    """JSONL file (or folder of them) with one object a line that has a `text` field."""
+    """JSONL file (or folder of them) with one object a line that has a `text` field, or a store of tools/prepare_corpus.py."""
     held_out_path: str = ""
-    """JSONL of text that is never trained on; empty: none is scored."""
+    """JSONL or store of text that is never trained on; empty: none is scored."""
     min_paragraph_tokens: int = 8
     """Paragraphs shorter than this many tokens are left out (counted)."""
     max_paragraph_tokens: int = 1280

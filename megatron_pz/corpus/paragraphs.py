@@ -59,7 +59,13 @@ def select(
 def _reason(text: str, tokenizer: Tokenizer, min_tokens: int, max_tokens: int) -> str | None:
     if any(word in text for word in RESERVED):
         return "reserved_text"
-    ids = tokenizer.encode(text)
+    return reject_reason(text, tokenizer.encode(text), tokenizer, min_tokens, max_tokens)
+
+
+def reject_reason(text: str, ids: Sequence[int], tokenizer: Tokenizer, min_tokens: int, max_tokens: int) -> str | None:
+    """Why a text of tokens `ids` cannot be played, but for its prompt; None where it can."""
+    if any(word in text for word in RESERVED):
+        return "reserved_text"
     if len(ids) < min_tokens:
         return "too_short"
     if len(ids) > max_tokens:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_pz.game.braces import is_balanced, last_braced
-from megatron_pz.game.masking import is_word
 from megatron_pz.game.spans import unfinished
 from megatron_pz.types import FinishReason
+from megatron_pz.words import is_word
 
 Match = Literal["strict", "casefold"]
 
@@ -36,7 +36,7 @@ def read_answer(response: str, finish_reason: FinishReason) -> AnswerReading:
 
 def normalise(answer: str) -> str:
     r"""`answer` without LaTeX's and white space's accidents: one outer `\text{}` or `\mathrm{}` unwrapped, escapes
-    undone, Unicode NFC, white space stripped and collapsed. Nothing else is forgiven.
+    undone, Unicode NFKC (widths of characters are one), white space stripped and collapsed. Nothing else is forgiven.
 
     >>> normalise(r" \text{Tom \& Jerry} ")
     'Tom & Jerry'
@@ -46,7 +46,7 @@ def normalise(answer: str) -> str:
     if wrapped and is_balanced(wrapped.group(1)):
         text = wrapped.group(1)
     text = re.sub(r"\\([_%&#$])", r"\1", text)
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
 def matches(answer: str | None, target: str, match: Match = "strict") -> bool:
@@ -76,7 +76,7 @@ def is_near_miss(answer: str | None, target: str, match: Match = "strict") -> bo
 
 
 def _fold(text: str) -> str:
-    return unicodedata.normalize("NFC", text.casefold())
+    return unicodedata.normalize("NFKC", text.casefold())
 
 
 def _letters(text: str) -> str:

@@ -1,19 +1,20 @@
 """Hiding a span: where it occurs, which of these places are hidden, and the text that is left.
 
-1. Occurrences are exact, case-sensitive and do not overlap, counted from the left (docs/paper.md 2.8).
+1. Occurrences are exact, case-sensitive and do not overlap, counted from the left (docs/paper.md 2.8). A place that
+   would part a character from its marks is none.
 2. Putting the answer back for every `[mask]` gives the paragraph's text, character for character.
 """
 
 from __future__ import annotations
 
 import random
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_pz.config.schema import TaskConfig
 from megatron_pz.types import Mask, Paragraph
+from megatron_pz.words import cuts_character, cuts_word
 
 MASK_TOKEN = "[mask]"
 """What stands for hidden words in the masked text."""
@@ -45,8 +46,11 @@ def occurrences(text: str, answer: str) -> list[Span]:
     spans = []
     start = text.find(answer)
     while start >= 0:
-        spans.append((start, start + len(answer)))
-        start = text.find(answer, start + len(answer))
+        end = start + len(answer)
+        is_whole = not (cuts_character(text, start) or cuts_character(text, end))
+        if is_whole:
+            spans.append((start, end))
+        start = text.find(answer, end if is_whole else start + 1)
     return spans
 
 
@@ -76,9 +80,4 @@ def cuts_no_word(text: str, span: Span) -> bool:
     >>> cuts_no_word("the cat", (4, 7)), cuts_no_word("the cats", (4, 7))
     (True, False)
     """
-    return not any(0 < cut < len(text) and is_word(text[cut - 1]) and is_word(text[cut]) for cut in span)
-
-
-def is_word(character: str) -> bool:
-    """True for letters, digits, marks on letters and the underscore."""
-    return character.isalnum() or character == "_" or unicodedata.category(character).startswith("M")
+    return not any(cuts_word(text, cut) for cut in span)

@@ -1,32 +1,22 @@
 """Spans that chance chooses: the random-span baseline, supervised examples and fixed questions (docs/paper.md 5).
 
 A span is a run of whole words: their number from a geometric law, clipped; its place uniform; the same validity as for
-masks that the generator names. Punctuation at the ends is left out.
+masks that the generator names. Punctuation at the ends is left out. What a word is in each script: `megatron_pz.words`.
 """
 
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Sequence
 
 from megatron_pz.game.masking import MaskRules
 from megatron_pz.game.seeds import derive
 from megatron_pz.game.spans import hide_answer
 from megatron_pz.types import Mask, Paragraph
+from megatron_pz.words import words
 
-_WORD = re.compile(r"\w+(?:[-'’.,]\w+)*")  # well-known, don't, 3.14 and 1,000 are one word each
 _TRIES = 64
 """Draws before a paragraph is given up; one draw in ten or more is valid in ordinary text."""
-
-
-def words(text: str) -> list[tuple[int, int]]:
-    """(start, end) of each word.
-
-    >>> [text[a:b] for text in ["It's 1,000 (well-known) km."] for a, b in words(text)]
-    ["It's", '1,000', 'well-known', 'km']
-    """
-    return [match.span() for match in _WORD.finditer(text)]
 
 
 def span_length(rng: random.Random, p: float, max_words: int) -> int:

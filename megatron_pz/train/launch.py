@@ -25,6 +25,7 @@ from megatron_pz.config.rules import validate
 from megatron_pz.config.schema import Config
 from megatron_pz.corpus.cursor import Cursor
 from megatron_pz.corpus.playable import read_playable
+from megatron_pz.corpus.store import CARD
 from megatron_pz.corpus.tokenizer import check_vocab, load_tokenizer
 from megatron_pz.engine.base import Engine, converse
 from megatron_pz.errors import ConfigError, CorpusError, MegatronPZError
@@ -141,7 +142,8 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
         engine.load(chunks, state.policy_version)
         writer = None
         if parallel.is_rank0:
-            corpus_files = [Path(config.corpus.data_path), Path(config.corpus.held_out_path)]
+            given = [Path(config.corpus.data_path), Path(config.corpus.held_out_path)]
+            corpus_files = [path / CARD if path.is_dir() else path for path in given]
             facts = {
                 "model": config.model.hf_model,
                 "parameters": sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()),
@@ -259,7 +261,7 @@ def _memory(config: Config, engine: Engine, trainer: Trainer, platform: Platform
 
 
 def _fixed_sets(
-    config: Config, task: object, tokenizer: Tokenizer, templates: Templates, paragraphs: list[Paragraph]
+    config: Config, task: object, tokenizer: Tokenizer, templates: Templates, paragraphs: Sequence[Paragraph]
 ) -> list[tuple[FixedMasks, Asker]]:
     asker = Asker(config.task, config.engine, tokenizer, templates)
     sets = [(fixed_set("fixed_masks", paragraphs, asker, config.evaluate, config.task), asker)]

@@ -116,7 +116,7 @@ class _Corpus:
 
     def __init__(self, config: Config, tokenizer: Tokenizer, task: Task) -> None:
         self.config, self.tokenizer, self.task = config, tokenizer, task
-        self._paragraphs: list[Paragraph] = []
+        self._paragraphs: Sequence[Paragraph] = ()
 
     def begun(self, step: int) -> tuple[int, list[Paragraph]]:
         """Seed and paragraphs of the round of `step`."""
