@@ -48,6 +48,10 @@ class Platform(ABC):
     def install(self) -> None:
         """Make megatron importable and runnable here. Idempotent."""
 
+    def to_device(self, values: np.ndarray) -> torch.Tensor:
+        """A copy of the array on the device (on a CPU, perhaps the array itself), for which the host does not wait."""
+        return torch.as_tensor(values).to(self.device)
+
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until everything that was launched is done."""
@@ -91,7 +95,7 @@ class Platform(ABC):
 
         cumulative = torch.as_tensor(cu_seqlens, dtype=torch.int32)
         longest = int((cumulative[1:] - cumulative[:-1]).max())
-        cumulative = cumulative.to(self.device)
+        cumulative = self.to_device(cumulative.cpu().numpy())
         fields: dict[str, Any] = {
             "qkv_format": "thd",
             "cu_seqlens_q": cumulative,
@@ -103,6 +107,6 @@ class Platform(ABC):
             return PackedSeqParams(**fields)
         return SharedSequences(
             **fields,
-            positions=torch.as_tensor(positions).to(self.device),
-            gathered_places=torch.as_tensor(gathered_places).to(self.device),
+            positions=self.to_device(positions),
+            gathered_places=self.to_device(gathered_places),
         )

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 
 from megatron_pz.errors import ConfigError
@@ -46,6 +47,10 @@ class CudaPlatform(Platform):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         harmless.silence(harmless.EVERYWHERE)
         self._engine_fault = transformer_engine.fault()
+
+    def to_device(self, values: np.ndarray) -> torch.Tensor:
+        """Through pinned memory: a copy from any other has the host wait."""
+        return torch.as_tensor(values).pin_memory().to(self.device, non_blocking=True)
 
     def synchronize(self) -> None:
         """Wait for the GPU."""

@@ -142,7 +142,8 @@ def token_sums(
     is_mask = is_trained & is_generator
     sums = {
         "tokens": _sum(is_trained, is_trained),
-        "packed": torch.tensor(float(weights.numel()), dtype=torch.float64, device=weights.device),
+        # Filled on the device: a tensor made of a Python number is copied there while the host waits.
+        "packed": torch.full((), float(weights.numel()), dtype=torch.float64, device=weights.device),
         "tokens_mask": _sum(is_mask, is_mask),
         "entropy_mask": _sum(entropy, is_mask),
         "entropy_prediction": _sum(entropy, is_trained & ~is_generator),
