@@ -134,8 +134,9 @@ def head_input_bytes(transformer: TransformerConfig) -> float:
 
 
 def head_bytes(config: Config, transformer: TransformerConfig, vocab_size: int) -> float:
-    """Bytes of one chunk's logits, in the model's precision and in float32 with their exponentials, and of the head's gradient: a
-    float32 sum over chunks, a chunk's part and the result (`models.logprobs`)."""
+    """Bytes of one chunk's logits, in the model's precision and in float32 with their exponentials, and of the head's gradient:
+    a float32 sum over chunks, a chunk's part and the result (`models.logprobs`).
+    The fused kernel, which takes less, is counted so too."""
     rows, b = vocab_size // transformer.tensor_model_parallel_size, transformer.params_dtype.itemsize
     chunk = config.train.log_prob_chunk_tokens * rows * (2 * FLOAT32 + (b if b < FLOAT32 else 0))
     gradient = rows * transformer.hidden_size * (FLOAT32 + (2 * b if b < FLOAT32 else 0))

@@ -59,7 +59,9 @@ def reference(hidden, weight, labels, vocab_size, temperature):
 
 def differences(found, wanted):
     """Largest; of the gradients as a share of their largest number."""
-    gaps = [(a.double() - b.double()).abs().max().item() if a.numel() else 0.0 for a, b in zip(found, wanted, strict=True)]
+    gaps = [
+        (a.double() - b.double()).abs().max().item() if a.numel() else 0.0 for a, b in zip(found, wanted, strict=True)
+    ]
     scale = [b.double().abs().max().item() or 1.0 for b in wanted[2:]]
     gaps = [*gaps[:2], gaps[2] / scale[0], gaps[3] / scale[1]]
     return dict(zip(("log_probs", "entropy", "grad_hidden", "grad_weight"), gaps, strict=True))
@@ -112,7 +114,9 @@ def shared(ranks):
     with tempfile.TemporaryDirectory() as folder:
         context = get_context("spawn")
         queue = context.SimpleQueue()
-        processes = [context.Process(target=_rank, args=(rank, ranks, f"{folder}/store", queue)) for rank in range(ranks)]
+        processes = [
+            context.Process(target=_rank, args=(rank, ranks, f"{folder}/store", queue)) for rank in range(ranks)
+        ]
         for process in processes:
             process.start()
         for process in processes:

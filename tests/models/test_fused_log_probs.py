@@ -33,9 +33,7 @@ def found():
     return worker()
 
 
-@pytest.mark.parametrize(
-    "case", ["float32", "float32, temperature 0.7", "no padding", "a vocabulary within one block"]
-)
+@pytest.mark.parametrize("case", ["float32", "float32, temperature 0.7", "no padding", "a vocabulary within one block"])
 def test_float32_agrees_with_float64_and_with_the_chunked_version(found, case):
     # Logits of 40 products reach 25; log-probs are differences of such, gradients shares of their largest.
     assert found[case]["log_probs"] < 3e-5 and found[case]["entropy"] < 3e-5

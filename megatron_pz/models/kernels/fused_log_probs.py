@@ -35,6 +35,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 _WIDENS = tl.constexpr(INTERPRETED)  # the interpreter multiplies bfloat16 as the integers that it keeps it in
 
+_GROUP = tl.constexpr(16)
+
 SPLIT_ROWS = 128 if INTERPRETED else 4096
 """Vocabulary rows of a forward program: few, so that also a micro-batch of some hundred trained tokens fills the card
 (4 blocks x 38 stretches at V = 151936). A multiple of every BLOCK_V."""
@@ -42,12 +44,15 @@ SPLIT_ROWS = 128 if INTERPRETED else 4096
 GRADIENT_BYTES = 1 << (13 if INTERPRETED else 28)
 """Most memory for the gradient of logits: 256 MiB; 16384 columns of 8192 tokens in bfloat16."""
 
+SMALL = 512
+"""Tokens up to which other tiles may be best: tiles are chosen once for micro-batches up to it, and once for larger ones."""
+
 GRADIENT_ROWS = 64 if INTERPRETED else 256
 """Columns of that gradient are a multiple of it, and at least it."""
 
 
 def _configs() -> list[triton.Config]:
-    """Tiles to choose from, at the first call for an (H, v, dtype); the last ones also fit float32 into shared memory."""
+    """Tiles to choose from, at a shape's first call; the last ones also fit float32 into shared memory."""
     if INTERPRETED:  # nothing can be timed there, and one needs no choice
         return [triton.Config({"BLOCK_T": 16, "BLOCK_V": 64, "BLOCK_H": 32}, num_warps=4)]
     tiles = [
@@ -58,6 +63,17 @@ def _configs() -> list[triton.Config]:
         triton.Config({"BLOCK_T": t, "BLOCK_V": v, "BLOCK_H": h}, num_warps=warps, num_stages=stages)
         for t, v, h, warps, stages in tiles
     ]
+
+
+@triton.jit
+def _own_blocks(num_token_blocks, num_row_blocks):
+    """Block of tokens and block of rows of this program. Programs that run at one time are those of `_GROUP` blocks of tokens and
+    some of rows, so that what they read again and again (10 MiB of each at H = 2560) stays in the L2 cache."""
+    program = tl.program_id(0)
+    in_group = _GROUP * num_row_blocks
+    first = program // in_group * _GROUP
+    size = tl.minimum(num_token_blocks - first, _GROUP)
+    return first + program % in_group % size, program % in_group // size
 
 
 @triton.jit
@@ -78,19 +94,24 @@ def _logits_tile(
     """float32 [BLOCK_T, BLOCK_V], before the temperature; 0 where token or row do not exist."""
     h_at = hidden + tokens.to(tl.int64)[:, None] * hidden_stride
     w_at = weight + rows.to(tl.int64)[None, :] * weight_stride
+    is_token, is_row = (tokens < num_tokens)[:, None], (rows < num_rows)[None, :]
     total = tl.zeros((BLOCK_T, BLOCK_V), dtype=tl.float32)
     for start in range(0, H, BLOCK_H):
         columns = start + tl.arange(0, BLOCK_H)
-        h = tl.load(h_at + columns[None, :], mask=(tokens < num_tokens)[:, None] & (columns < H)[None, :], other=0.0)
-        w = tl.load(w_at + columns[:, None], mask=(rows < num_rows)[None, :] & (columns < H)[:, None], other=0.0)
+        if H % BLOCK_H == 0:
+            h = tl.load(h_at + columns[None, :], mask=is_token, other=0.0)
+            w = tl.load(w_at + columns[:, None], mask=is_row, other=0.0)
+        else:
+            h = tl.load(h_at + columns[None, :], mask=is_token & (columns < H)[None, :], other=0.0)
+            w = tl.load(w_at + columns[:, None], mask=is_row & (columns < H)[:, None], other=0.0)
         if _WIDENS:
             h, w = h.to(tl.float32), w.to(tl.float32)
         total = tl.dot(h, w, total, input_precision="ieee")  # TF32 would cost float32 its digits
     return total
 
 
-@triton.autotune(configs=_configs(), key=["H", "num_rows"])
-@triton.jit
+@triton.autotune(configs=_configs(), key=["H", "num_rows", "is_small"])
+@triton.jit(do_not_specialize=["num_tokens", "num_rows", "is_small"])  # else each divisibility of it is compiled for
 def _forward_kernel(
     hidden,
     weight,
@@ -101,6 +122,7 @@ def _forward_kernel(
     hidden_stride,
     weight_stride,
     inverse_temperature,
+    is_small,
     H: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -108,8 +130,9 @@ def _forward_kernel(
     BLOCK_H: tl.constexpr,
 ):
     """found[:, split, token]: largest logit m, sum of exp(z - m), sum of exp(z - m) * (z - m), the label's logit."""
-    split = tl.program_id(1)
-    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    num_splits = tl.cdiv(num_rows, SPLIT)
+    block, split = _own_blocks(tl.cdiv(num_tokens, BLOCK_T), num_splits)
+    tokens = block * BLOCK_T + tl.arange(0, BLOCK_T)
     exists = tokens < num_tokens
     place = tl.load(places + tokens, mask=exists, other=-1)
     # Finite, as -inf minus -inf is no number; every stretch has a row, which is larger.
@@ -121,7 +144,18 @@ def _forward_kernel(
     for first in range(split * SPLIT, last, BLOCK_V):
         rows = first + tl.arange(0, BLOCK_V)
         z = _logits_tile(
-            hidden, weight, tokens, rows, num_tokens, num_rows, hidden_stride, weight_stride, H, BLOCK_T, BLOCK_V, BLOCK_H
+            hidden,
+            weight,
+            tokens,
+            rows,
+            num_tokens,
+            num_rows,
+            hidden_stride,
+            weight_stride,
+            H,
+            BLOCK_T,
+            BLOCK_V,
+            BLOCK_H,
         )
         z *= inverse_temperature
         of_label += tl.sum(tl.where(rows[None, :] == place[:, None], z, 0.0), axis=1)
@@ -133,7 +167,7 @@ def _forward_kernel(
         weighted = scale * (weighted + total * shift) + tl.sum(exponential * z, axis=1)
         total = scale * total + tl.sum(exponential, axis=1)
         largest = now
-    one = tl.num_programs(1).to(tl.int64) * num_tokens
+    one = num_splits.to(tl.int64) * num_tokens
     at = found + split.to(tl.int64) * num_tokens + tokens
     tl.store(at, largest, mask=exists)
     tl.store(at + one, total, mask=exists)
@@ -141,8 +175,9 @@ def _forward_kernel(
     tl.store(at + 3 * one, of_label, mask=exists)
 
 
-@triton.autotune(configs=_configs(), key=["H", "num_rows"])
-@triton.jit
+# Not by `num_rows`: stretches have other sizes in each micro-batch, and a choice of tiles makes the host wait.
+@triton.autotune(configs=_configs(), key=["H", "is_small"])
+@triton.jit(do_not_specialize=["num_tokens", "first_row", "is_small"])
 def _gradient_kernel(
     hidden,
     weight,
@@ -156,14 +191,16 @@ def _gradient_kernel(
     hidden_stride,
     weight_stride,
     inverse_temperature,
+    is_small,
     H: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """Gradient of the logits before the temperature, [n, num_rows], of the stretch that begins at `first_row`."""
-    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    rows = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    token_block, row_block = _own_blocks(tl.cdiv(num_tokens, BLOCK_T), tl.cdiv(num_rows, BLOCK_V))
+    tokens = token_block * BLOCK_T + tl.arange(0, BLOCK_T)
+    rows = row_block * BLOCK_V + tl.arange(0, BLOCK_V)
     exists = tokens < num_tokens
     z = _logits_tile(
         hidden, weight, tokens, rows, num_tokens, num_rows, hidden_stride, weight_stride, H, BLOCK_T, BLOCK_V, BLOCK_H
@@ -231,10 +268,10 @@ class FusedTokenLogProbs(torch.autograd.Function):
             size = part.shape[0]
             grad_logits = buffer[: num_tokens * size].view(num_tokens, size)
             _gradient_kernel[
-                lambda meta, size=size: (triton.cdiv(num_tokens, meta["BLOCK_T"]), triton.cdiv(size, meta["BLOCK_V"]))
+                lambda meta, size=size: (triton.cdiv(num_tokens, meta["BLOCK_T"]) * triton.cdiv(size, meta["BLOCK_V"]),)
             ](
                 *(hidden, part, places, log_normalizer, grad, grad_logits, num_tokens, size, first),
-                *(hidden.stride(0), weight.stride(0), 1.0 / temperature),
+                *(hidden.stride(0), weight.stride(0), 1.0 / temperature, int(num_tokens <= SMALL)),
                 H=width,
             )
             if grad_weight is not None:
@@ -257,9 +294,9 @@ def _own_sums(
     num_tokens, width = hidden.shape
     found = hidden.new_empty(4, triton.cdiv(num_rows, SPLIT_ROWS), num_tokens, dtype=torch.float32)
     if num_tokens and num_rows:
-        _forward_kernel[lambda meta: (triton.cdiv(num_tokens, meta["BLOCK_T"]), found.shape[1])](
+        _forward_kernel[lambda meta: (triton.cdiv(num_tokens, meta["BLOCK_T"]) * found.shape[1],)](
             *(hidden, weight, places, found, num_tokens, num_rows),
-            *(hidden.stride(0), weight.stride(0), 1.0 / temperature),
+            *(hidden.stride(0), weight.stride(0), 1.0 / temperature, int(num_tokens <= SMALL)),
             H=width,
             SPLIT=SPLIT_ROWS,
         )
@@ -275,7 +312,7 @@ def _own_sums(
         [
             (total * scale).sum(0),
             (scale * (weighted + total * shift)).sum(0),
-            torch.where(is_own, of_label.sum(0) - largest, 0.0),
+            (of_label.sum(0) - largest).masked_fill(~is_own, 0.0),  # `where` would copy its 0 to the device
         ]
     )
     if group is not None and num_tokens:

@@ -1,0 +1,114 @@
+"""No micro-batch makes the host wait for the device: the twin on a CPU of tests/gpu/test_host_waits_gpu.py.
+
+A whole update of the real trainer runs under two nets (`tests/host_waits.py`); what is not of the CPU alone is a fault.
+"""
+
+from collections import Counter
+
+import pytest
+from builders import sample
+from host_waits import host_waits
+
+from megatron_pz.config.schema import Config, ModelConfig, TrainConfig
+from megatron_pz.platform.select import select_platform
+
+PLATFORM = select_platform("cpu")  # before Megatron is imported
+
+import torch  # noqa: E402
+
+from megatron_pz.batch.schedule import plan_update  # noqa: E402
+from megatron_pz.train import step as step_module  # noqa: E402
+from megatron_pz.train.model import build_model  # noqa: E402
+from megatron_pz.train.parallel import init_parallel, shutdown  # noqa: E402
+from megatron_pz.train.step import Trainer  # noqa: E402
+from megatron_pz.types import Role  # noqa: E402
+
+TINY = {
+    "model_type": "qwen3",
+    "vocab_size": 90,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
+SAMPLES = [
+    sample((5, 9, 20), (7, 1), role=Role.GENERATOR, advantage=1.0),
+    sample((5, 9), (11, 3, 1), advantage=-0.5),
+    sample((6, 2), (12, 1), advantage=0.5),
+]
+ALLOWED = {
+    # Lengths of the batch's own array, before anything is copied to the device.
+    "megatron_pz/platform/base.py:packed_seq_params",
+    # Attention of the local layers, sequence by sequence; Transformer Engine's takes cumulative lengths on the device.
+    "megatron_pz/platform/cpu_layers.py:forward",
+    # Megatron's rotary embedding without Transformer Engine's fused one (`apply_rope_fusion`).
+    "megatron/models/common/embeddings/rope_utils.py:_apply_rotary_pos_emb_thd",
+}
+
+
+@pytest.fixture(scope="module")
+def parallel():
+    yield init_parallel(Config().parallel, PLATFORM, seed=1)
+    shutdown()
+
+
+@pytest.mark.parametrize(
+    "train",
+    [{}, {"importance_sampling": "truncated", "dual_clip": 3.0}, {"recompute_old_log_probs": True}],
+    ids=["plain", "importance sampling", "old log-probs given"],
+)
+def test_a_micro_batch_waits_for_nothing_but_what_the_cpu_s_attention_needs(parallel, monkeypatch, train):
+    config = Config(model=ModelConfig(init="random"), train=TrainConfig(lr=1e-2, lr_decay_style="constant", **train))
+    trainer = Trainer(build_model(TINY, config, PLATFORM, parallel), config, PLATFORM, parallel)
+    plan = plan_update(SAMPLES, max_tokens=8)
+    assert len(plan.micro_batches[0]) > 1
+    old = trainer.score(plan.micro_batches[0]) if "recompute_old_log_probs" in train else None
+    waits = []
+    real = step_module.run_schedule
+
+    def watched(*args, **kwargs):
+        with host_waits() as found:
+            result = real(*args, **kwargs)
+        waits.extend(found)
+        return result
+
+    monkeypatch.setattr(step_module, "run_schedule", watched)
+    assert trainer.step(plan, lr_step=1, old_log_probs=old).applied
+    faults = Counter(wait for wait in waits if wait.split(" in ")[1] not in ALLOWED)
+    assert faults == {}
+    assert any("cpu_layers.py" in wait for wait in waits)  # the nets hold
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: float(x.sum()),
+        lambda x: bool(x.any()),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.masked_fill_(x > 0, 1).tolist(),
+        lambda x: x.cpu(),
+        lambda x: x.numpy(),
+        lambda x: torch.tensor(3.0, device=x.device),
+    ],
+)
+def test_each_way_to_wait_is_seen(wait):
+    x = torch.ones(3)
+    with host_waits() as found:
+        wait(x)
+    assert found
+
+
+def test_what_stays_on_the_device_is_no_wait():
+    x = torch.ones(3, requires_grad=True)
+    with host_waits() as found:
+        x.masked_fill(x < 0, 0.0).index_select(0, torch.arange(2)).exp().sum().backward()
+    assert found == []
