@@ -16,9 +16,9 @@ HERE = Path(__file__).parent
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
 
 
-def worker(*arguments):
+def worker(*arguments, script="fused_log_probs_worker.py"):
     run = subprocess.run(
-        [sys.executable, HERE / "fused_log_probs_worker.py", *arguments],
+        [sys.executable, HERE / script, *arguments],
         env=os.environ | {"PYTHONPATH": str(HERE.parents[1])},
         capture_output=True,
         text=True,
@@ -70,6 +70,19 @@ def test_two_ranks_share_a_vocabulary_also_where_one_holds_padding_only():
     for cases in results.values():
         assert set(cases) == {"vocab 320", "vocab 300", "vocab 160", "vocab 70"}
         assert max(value for case in cases.values() for value in case.values()) < 3e-5  # float32, as above
+
+
+def test_the_kernels_compile_for_hopper_with_its_tensor_cores():
+    """Without a GPU. 227 KiB is what a block of an H100 or H200 may have of shared memory."""
+    compiled = worker(script="compiled_log_probs_worker.py")
+    assert [name.split()[:2] for name in compiled] == [
+        ["forward", "bf16"],
+        ["gradient", "bf16"],
+        ["forward", "fp32"],
+        ["gradient", "fp32"],
+    ]
+    assert all(found["shared"] <= 227 * 1024 for found in compiled.values())
+    assert {name: found["wgmma"] for name, found in compiled.items() if "bf16" in name and not found["wgmma"]} == {}
 
 
 def test_auto_is_fused_on_cuda_and_chunked_elsewhere_and_in_float64():

@@ -10,10 +10,11 @@ of the weight, once and for good, and adds to that of the hidden states in float
 give the same bits, on the same card with the same configuration.
 
 Floor, for n tokens, H, V rows of this rank, and b bytes an element:
-    operations  2nVH forward, 6nVH backward (a quarter of the whole is logits computed twice); 1 - 3/4 of it by cuBLAS
-    bytes       forward nH b + VH b read; backward twice nV b for the gradient of the logits (written, then read by two products),
-                and nH * 8 a stretch for the float32 sum
-    memory      min(nV b, GRADIENT_BYTES), nH * 4, and 16 n V / SPLIT_ROWS; naive logits with their softmax take 8nV and more
+    operations  2nVH forward, 6nVH backward; a quarter of the whole is logits made a second time, and half of it is cuBLAS's
+    bytes       forward (n + V) H b read; backward 3nV b for the gradient of the logits, written once and read by two products,
+                V H b read twice and written once, and 8nH a stretch for the float32 sum
+    memory      min(nV b, GRADIENT_BYTES) and 4nH backward, 16 n V / SPLIT_ROWS forward; naive logits and their softmax
+                take 8nV and more
 
 Shapes: n tokens, H hidden size, v rows of this rank that are no padding, S stretches of `SPLIT_ROWS` rows.
 Import only where Triton is: `models.logprobs` does so when it is asked for this kernel.
