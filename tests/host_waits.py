@@ -19,7 +19,7 @@ OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "un
 """Of aten; beside them an index or index_put by booleans, and `repeat_interleave` by a tensor of counts."""
 
 METHODS = (Tensor.tolist, Tensor.numpy, Tensor.cpu, torch.tensor)
-"""Device to host; and `torch.tensor`, which copies from pageable memory."""
+"""Device to host; and `torch.tensor` with a device, which copies from pageable memory."""
 
 
 def _line() -> str:
@@ -54,7 +54,8 @@ class _Methods(TorchFunctionMode):
         self.found = found
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in METHODS:
+        is_of_host = function is torch.tensor and (kwargs or {}).get("device") is None
+        if function in METHODS and not is_of_host:
             self.found.append(f"{function.__name__} in {_line()}")
         return function(*args, **(kwargs or {}))
 
