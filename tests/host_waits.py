@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero", "equal")
 """Of aten; beside them an index or index_put by booleans, and `repeat_interleave` by a tensor of counts."""
 
-METHODS = (Tensor.tolist, Tensor.numpy, Tensor.cpu, torch.tensor)
-"""Device to host; and `torch.tensor` with a device, which copies from pageable memory."""
+METHODS = ("tolist", "numpy", "cpu", "tensor")
+"""By name, for the CPU platform wraps some. Device to host; and `torch.tensor` with a device, which copies from pageable memory."""
 
 
 def _line() -> str:
@@ -54,9 +54,10 @@ class _Methods(TorchFunctionMode):
         self.found = found
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        is_of_host = function is torch.tensor and (kwargs or {}).get("device") is None
-        if function in METHODS and not is_of_host:
-            self.found.append(f"{function.__name__} in {_line()}")
+        name = getattr(function, "__name__", "")
+        is_of_host = name == "tensor" and (kwargs or {}).get("device") is None
+        if name in METHODS and not is_of_host:
+            self.found.append(f"{name} in {_line()}")
         return function(*args, **(kwargs or {}))
 
 
