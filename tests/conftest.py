@@ -22,8 +22,6 @@ def pytest_configure(config: pytest.Config) -> None:
     import torch  # after the environment is set, which it reads
 
     torch.set_num_threads(1)
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # before Triton's first import
     from hypothesis import settings
 
     settings.register_profile("noisy machine", deadline=None)  # an example that takes long is no fault

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_pz"
-MAY_ASK_FOR_CUDA = ("platform", "train/kernels")
+MAY_ASK_FOR_CUDA = ("platform", "models/kernels")
 
 
 LINT = [sys.executable, "-c", "import sys; from importlinter import cli; sys.exit(cli.lint_imports(no_cache=True))"]

@@ -1,9 +1,11 @@
-"""Log-probs and entropies of the head: naive logits, chunks, the fused kernel, Liger's cross-entropy. Time and memory, in turns.
+"""Log-probs of labels with their gradients, at real shapes on one GPU: time and peak memory of naive logits, chunks, the
+fused kernel, Liger's fused linear cross entropy and Megatron-Core's own, where they are.
 
-    python benchmarks/gpu/logprobs.py --out DIR [--smoke]
+Every side makes [n] log-probs of 8192 trained tokens (the first two also entropies) and both gradients, by turns, in
+bfloat16. Peak memory is what is taken beyond the inputs, gradients included: those take the same on every side.
+`--smoke` runs tiny shapes, on a CPU by Triton's interpreter: it shows that the script works, its times mean nothing.
 
-Forward and backward over 8192 tokens in bfloat16, on one GPU, for the shapes of three models. Liger's makes a summed
-cross-entropy only, without entropies: it is beside the others as a floor. --smoke: tiny shapes on a CPU, in Triton's interpreter.
+Usage: logprobs.py --out DIR [--rounds 5] [--smoke]        writes DIR/logprobs.json and DIR/logprobs.md
 """
 
 from __future__ import annotations
@@ -15,150 +17,202 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-if "--smoke" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton's first import
+SMOKE = "--smoke" in sys.argv
+if SMOKE:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
 
-from megatron_pz.models.logprobs import token_log_probs
+from megatron_pz.models.logprobs import token_log_probs  # noqa: E402
 
-SHAPES = {  # (hidden size, rows of the head, tokens)
-    "Qwen3-4B": (2560, 151936, 8192),
-    "Qwen3-30B-A3B": (2048, 151936, 8192),
-    "SmolLM2-135M": (576, 49152, 8192),
+SHAPES = {  # tokens, hidden size, vocabulary
+    "SmolLM2-135M": (8192, 576, 49152),
+    "Qwen3-30B-A3B": (8192, 2048, 151936),
+    "Qwen3-4B": (8192, 2560, 151936),
 }
-SMOKE = {"smoke": (64, 512, 16)}
-AIM = "fused at least 2 times as fast as naive, with a tenth of its memory"
+TINY = {"tiny": (16, 48, 200)}
 Side = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(hidden [n, H], weight [V, H], labels [n]) -> log-probs [n]."""
 
 
 def naive(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    logits = (hidden @ weight.t()).float()
-    log_probs = F.log_softmax(logits, -1)
-    entropy = -(log_probs.detach().exp() * log_probs.detach()).sum(-1)
-    return log_probs.gather(1, labels[:, None]).sum() + 0 * entropy.sum()
+    """Whole logits in float32; the entropy too, without gradient."""
+    spread = (hidden @ weight.t()).float().log_softmax(-1)
+    with torch.no_grad():
+        torch.special.entr(spread.exp()).sum(-1)
+    return spread.gather(1, labels[:, None])[:, 0]
 
 
-def ours(fused: bool) -> Side:
+def ours(kernel: Any) -> Side:
+    """One of ours."""
+
     def side(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        log_probs, _ = token_log_probs(
-            hidden,
-            weight,
-            labels,
-            vocab_size=weight.shape[0],
-            chunk_tokens=1024,
-            wanted=torch.arange(labels.shape[0], device=labels.device),
-            fused=fused,
-        )
-        return log_probs.sum()
+        wanted = torch.arange(len(labels), device=labels.device)
+        return token_log_probs(
+            hidden, weight, labels, vocab_size=weight.shape[0], chunk_tokens=1024, wanted=wanted, kernel=kernel
+        )[0]
 
     return side
 
 
-def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+def sides() -> tuple[dict[str, Side], dict[str, str]]:
+    """What can be compared here, and why the rest cannot."""
+    found: dict[str, Side] = {"naive": naive, "chunked": ours("chunked"), "fused": ours("fused")}
+    missing: dict[str, str] = {}
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+    except ImportError as error:
+        missing["liger"] = str(error)
+    else:
 
-    return -LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, labels)
+        def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+            """Cross entropies of tokens; the gradient of the weight summed in float32, as ours."""
+            arguments = (None, None, -100, 0.0, 0.0, "none", None, False, torch.float32)
+            return -LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, labels, *arguments)[0]
+
+        found["liger"] = liger
+    try:
+        from megatron.core.fusions.fused_linear_cross_entropy import linear_cross_entropy
+
+        if not torch.cuda.is_available():
+            missing["megatron"] = "needs CUDA"
+        else:
+            found["megatron"] = lambda h, w, y: -linear_cross_entropy(h, w, y, None, "none")
+    except ImportError as error:
+        missing["megatron"] = str(error)
+    return found, missing
 
 
-SIDES: dict[str, Side] = {"naive": naive, "chunked": ours(False), "fused": ours(True), "liger (no entropy)": liger}
-
-
-def measure(side: Side, inputs: tuple[Tensor, Tensor, Tensor], on_gpu: bool) -> tuple[float, float]:
-    """(seconds, bytes above the inputs at the peak) of a forward and a backward."""
-    hidden, weight, labels = inputs
+def measured(side: Side, given: tuple[Tensor, Tensor, Tensor], factors: Tensor) -> tuple[float, float, int, Tensor]:
+    """Seconds forward, seconds backward, peak bytes beyond the inputs (0 on a CPU), log-probs."""
+    hidden, weight, labels = given
     hidden.grad = weight.grad = None
-    if on_gpu:
+    is_cuda = hidden.is_cuda
+    if is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    held = torch.cuda.memory_allocated() if is_cuda else 0
     start = time.perf_counter()
-    side(hidden, weight, labels).backward()
-    if on_gpu:
+    log_probs = side(hidden, weight, labels)
+    if is_cuda:
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    return seconds, float(torch.cuda.max_memory_allocated() - before) if on_gpu else 0.0
+    middle = time.perf_counter()
+    (log_probs.float() * factors).sum().backward()
+    if is_cuda:
+        torch.cuda.synchronize()
+    end = time.perf_counter()
+    peak = torch.cuda.max_memory_allocated() - held if is_cuda else 0
+    return middle - start, end - middle, peak, log_probs.detach()
 
 
-def compare(shape: tuple[int, int, int], device: str, rounds: int) -> dict[str, Any]:
-    """Each side's figures for one shape, or why it has none."""
-    width, rows, tokens = shape
-    generator = torch.Generator(device).manual_seed(0)
-    dtype = torch.bfloat16
-    hidden = torch.randn(tokens, width, device=device, generator=generator).to(dtype).requires_grad_()
-    weight = (0.02 * torch.randn(rows, width, device=device, generator=generator)).to(dtype).requires_grad_()
-    labels = torch.randint(0, rows, (tokens,), device=device, generator=generator)
-    found: dict[str, Any] = {name: {"seconds": [], "peak_bytes": []} for name in SIDES}
-    for number in range(rounds + 1):  # the first compiles
-        for name, side in SIDES.items():
-            if "why_not" in found[name]:
+def compare(shape: tuple[int, int, int], rounds: int, device: torch.device) -> dict[str, Any]:
+    """Medians of every side, in turns; a side that fails says why."""
+    tokens, width, vocab_size = shape
+    dtype = torch.float32 if SMOKE else torch.bfloat16
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, width, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(vocab_size, width, device=device) * width**-0.5 * 3).to(dtype).requires_grad_()
+    labels = torch.randint(0, vocab_size, (tokens,), device=device)
+    factors = torch.linspace(-1.0, 1.0, tokens, device=device)
+    here, missing = sides()
+    runs: dict[str, list[tuple[float, float, int]]] = {name: [] for name in here}
+    log_probs: dict[str, Tensor] = {}
+    for number in range(rounds + 1):
+        for name, side in here.items():
+            if name in missing:
                 continue
             try:
-                seconds, peak = measure(side, (hidden, weight, labels), device == "cuda")
-            except (ImportError, RuntimeError) as error:  # not installed, no room, or not for this device
-                found[name] = {"why_not": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+                *figures, log_probs[name] = measured(side, (hidden, weight, labels), factors)
+            except (RuntimeError, ValueError, AssertionError, TypeError) as error:  # a peer that refuses is a finding
+                missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 continue
-            if number:
-                found[name]["seconds"].append(seconds)
-                found[name]["peak_bytes"].append(peak)
-            found[name]["grad_norm"] = float(hidden.grad.float().norm())  # all sides must have the same
-    found["floor_flops"] = 6 * tokens * width * rows
-    return found
-
-
-def table(record: dict[str, Any]) -> str:
-    lines = [
-        "| shape | side | ms, median (least to most) | of naive | TFLOP/s of the 6 TVH | peak MiB | of naive |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for shape, sides in record["shapes"].items():
-        floor = sides["floor_flops"]
-        base = sides["naive"]
-        for name in SIDES:
-            side = sides[name]
-            if "why_not" in side:
-                lines.append(f"| {shape} | {name} | {side['why_not']} | | | | |")
-                continue
-            median, peak = statistics.median(side["seconds"]), max(side["peak_bytes"])
-            ratio = "" if "why_not" in base else f"{statistics.median(base['seconds']) / median:.2f}"
-            share = "" if "why_not" in base or not max(base["peak_bytes"]) else f"{peak / max(base['peak_bytes']):.3f}"
-            spread = f"{1e3 * median:.2f} ({1e3 * min(side['seconds']):.2f} to {1e3 * max(side['seconds']):.2f})"
-            lines.append(
-                f"| {shape} | {name} | {spread} | {ratio} | {floor / median / 1e12:.1f} | {peak / 2**20:.0f} | {share} |"
-            )
-    return "\n".join(lines)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--rounds", type=int, default=10)
-    own = parser.parse_args()
-    if not own.smoke and not torch.cuda.is_available():
-        sys.stderr.write("logprobs: no CUDA device is here; --smoke tries everything out on a CPU.\n")
-        return 2
-    device = "cpu" if own.smoke else "cuda"
-    shapes = SMOKE if own.smoke else SHAPES
-    record = {
-        "what": "forward and backward of log-probs and entropies, bfloat16",
-        "aim": AIM,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU, Triton's interpreter: times mean nothing",
-        "torch": torch.__version__,
-        "shapes": {name: compare(shape, device, 1 if own.smoke else own.rounds) for name, shape in shapes.items()},
+            if number:  # the first compiles and chooses tiles
+                runs[name].append((figures[0], figures[1], int(figures[2])))
+    exact = F.linear(hidden[:256].detach().double(), weight.detach().double()).log_softmax(-1)
+    exact = exact.gather(1, labels[:256, None])[:, 0]
+    result: dict[str, Any] = {
+        "tokens": tokens,
+        "hidden": width,
+        "vocabulary": vocab_size,
+        "missing": missing,
+        "sides": {},
     }
-    own.out.mkdir(parents=True, exist_ok=True)
-    text = f"{record['device']}, torch {record['torch']}. Aim: {AIM}.\n\n{table(record)}\n"
-    (own.out / "logprobs.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (own.out / "logprobs.md").write_text(text, encoding="utf-8")
-    sys.stdout.write(text)
-    return 0
+    for name, figures in runs.items():
+        if not figures or name in missing:
+            continue
+        forward, backward = (statistics.median(values) for values in list(zip(*figures, strict=True))[:2])
+        seconds = [a + b for a, b, _ in figures]
+        operations = 6 * tokens * width * vocab_size  # what is needed; recomputation is not counted
+        result["sides"][name] = {
+            "forward_ms": forward * 1e3,
+            "backward_ms": backward * 1e3,
+            "total_ms": statistics.median(seconds) * 1e3,
+            "total_ms_range": [min(seconds) * 1e3, max(seconds) * 1e3],
+            "tflops": operations / statistics.median(seconds) / 1e12,
+            "peak_mib": max(peak for *_, peak in figures) / 2**20,
+            "largest_error": (log_probs[name][:256].double() - exact).abs().max().item(),
+        }
+    return result
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        "| shape | side | forward ms | backward ms | both (range) | of naive's time | peak MiB | of naive's | TFLOP/s | error |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for shape, result in results.items():
+        base = result["sides"].get("naive")
+        for name, x in result["sides"].items():
+            low, high = x["total_ms_range"]
+            time_share = f"{x['total_ms'] / base['total_ms']:.2f}" if base else "-"
+            memory_share = f"{x['peak_mib'] / base['peak_mib']:.2f}" if base and base["peak_mib"] else "-"
+            lines.append(
+                f"| {shape} | {name} | {x['forward_ms']:.2f} | {x['backward_ms']:.2f} | {x['total_ms']:.2f} ({low:.2f} to "
+                f"{high:.2f}) | {time_share} | {x['peak_mib']:.0f} | {memory_share} | {x['tflops']:.1f} | "
+                f"{x['largest_error']:.1e} |"
+            )
+        lines += [f"| {shape} | {name}: {why} | | | | | | | | |" for name, why in result["missing"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def installed(package: str) -> str:
+    """Its version."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def main() -> None:
+    """Measure, write both files, print the table last."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of logprobs.json and logprobs.md")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, also without a GPU")
+    arguments = parser.parse_args()
+    if not arguments.smoke and not torch.cuda.is_available():
+        sys.exit("logprobs.py: torch sees no CUDA device; it needs one, or --smoke to see that the script works.")
+    device = torch.device("cpu" if arguments.smoke else "cuda")
+    rounds = 1 if arguments.smoke else arguments.rounds
+    results = {name: compare(shape, rounds, device) for name, shape in (TINY if arguments.smoke else SHAPES).items()}
+    card = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU, Triton interpreted: times mean nothing"
+    versions = {package: installed(package) for package in ("torch", "triton", "liger-kernel", "megatron-core")}
+    record = {"date": str(date.today()), "device": card, "smoke": SMOKE, "versions": versions, "shapes": results}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "logprobs.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    told = f"{record['date']}, {card}; " + ", ".join(f"{package} {number}" for package, number in versions.items())
+    text = f"# Log-probs and their gradients\n\n{told}.\n\n{table(results)}"
+    (arguments.out / "logprobs.md").write_text(text, encoding="utf-8")
+    print("\n" + table(results))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

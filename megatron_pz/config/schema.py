@@ -255,10 +255,10 @@ class TrainConfig:
     max_tokens_per_micro_batch: int = 8192
     """Token budget of a packed micro-batch; a longer single sample still goes alone."""
     log_prob_chunk_tokens: int = 1024
-    """Tokens whose logits exist at one time (`log_prob_kernel = "chunked"`)."""
-    log_prob_kernel: Literal["chunked", "fused"] = "chunked"
-    """How log-probs and entropies are computed: by matrix products a chunk of tokens at a time, or by a Triton kernel that never holds
-    logits."""
+    """Tokens whose logits exist at one time, with `log_prob_kernel = "chunked"`."""
+    log_prob_kernel: Literal["auto", "chunked", "fused"] = "chunked"
+    """Log-probs and entropies by chunks of logits, or by a Triton kernel that writes none (not yet run on a GPU); `auto`: fused on CUDA
+    where Triton is."""
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,49 @@
 3. Rows of the padded vocabulary take no part: neither in the log-sum-exp, nor in the entropy, nor in a gradient.
 4. Tokens whose label is below 0 are not wanted and cost nothing: prompts need no head, and most tokens are prompts.
 
+`kernel = "fused"` does the same by Triton, see `kernels/fused_log_probs.py`; this file's own way is its reference.
+
 Shapes: T tokens, H hidden size, V rows of the head on this rank, c tokens of a chunk, v rows that
 are no padding.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import importlib.util
+import os
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_pz.models.fused_logprobs import FusedLogProbs
+from megatron_pz.errors import ConfigError
+
+LogProbKernel = Literal["chunked", "fused"]
+
+
+def chosen_kernel(setting: str, device: torch.device, dtype: torch.dtype) -> LogProbKernel:
+    """The kernel that `train.log_prob_kernel` means on a device, for weights of a dtype.
+
+    Args:
+        setting: `auto`, `chunked` or `fused`.
+
+    Raises:
+        ConfigError: `fused` is asked for where it cannot be had; it is never replaced silently.
+    """
+    has_triton = importlib.util.find_spec("triton") is not None
+    is_possible = dtype is not torch.float64 and has_triton
+    if setting == "auto":
+        return "fused" if is_possible and device.type == "cuda" else "chunked"
+    # "meta" is the planner's: it runs nothing, and asks for another machine than its own.
+    runs_here = device.type in ("cuda", "meta") or os.environ.get("TRITON_INTERPRET") == "1"
+    if setting == "fused" and not (device.type == "meta" or (is_possible and runs_here)):
+        found = "triton is not installed" if not has_triton else f"weights are {dtype} on {device.type}"
+        raise ConfigError(
+            f'train.log_prob_kernel is "fused", but {found}; it needs Triton, CUDA and float32, bfloat16 or float16. '
+            'Use "auto" or "chunked" (on a CPU, TRITON_INTERPRET=1 runs it for tests, very slowly).'
+        )
+    return "fused" if setting == "fused" else "chunked"
 
 
 def token_log_probs(
@@ -31,7 +61,7 @@ def token_log_probs(
     chunk_tokens: int,
     tp_group: dist.ProcessGroup | None = None,
     wanted: Tensor | None = None,
-    fused: bool = False,
+    kernel: LogProbKernel = "chunked",
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each label, and entropy of its distribution, under softmax(logits / temperature).
 
@@ -46,8 +76,10 @@ def token_log_probs(
         vocab_size: real rows over the whole group; the rest is padding.
         chunk_tokens: tokens whose logits exist at one time.
         tp_group: ranks that share the vocabulary; None or a group of one: this rank has it all.
-        wanted: int64, the places whose label is not below 0, where the caller knows them; to find them a GPU must wait.
-        fused: by `fused_logprobs`, which never holds a chunk's logits either; not in float64.
+        wanted: int64 [n], places of all labels that are not below 0, rising; None: they are looked for, for which the host
+            waits for the device.
+        kernel: from `chosen_kernel`; float64 is always chunked. With bfloat16 inputs "fused" has its logits in float32
+            where "chunked" rounds them to bfloat16.
 
     Returns:
         (log_probs [T], entropy [T] in nats without gradient), float32 (float64 of float64 hidden states).
@@ -59,13 +91,17 @@ def token_log_probs(
     group = tp_group if tp_group is not None and tp_group.size() > 1 else None
     if wanted is None:
         wanted = (labels >= 0).nonzero().squeeze(1)
-    chosen, of_chosen = hidden.index_select(0, wanted), labels.index_select(0, wanted)
-    if fused and hidden.dtype is not torch.float64:
+    chosen, chosen_labels = hidden.index_select(0, wanted), labels.index_select(0, wanted)
+    if kernel == "fused" and hidden.dtype is not torch.float64:
+        from megatron_pz.models.kernels.fused_log_probs import FusedTokenLogProbs  # Triton is not on every machine
+
         first, rows = _own_rows(weight, vocab_size, group)
-        log_probs, entropy = FusedLogProbs.apply(chosen, weight, of_chosen, temperature, first, rows.shape[0], group)
+        log_probs, entropy = FusedTokenLogProbs.apply(
+            chosen, weight, chosen_labels, temperature, first, rows.shape[0], group
+        )
     else:
         log_probs, entropy = _TokenLogProbs.apply(
-            chosen, weight, of_chosen, temperature, vocab_size, chunk_tokens, group
+            chosen, weight, chosen_labels, temperature, vocab_size, chunk_tokens, group
         )
     nothing = log_probs.new_zeros(labels.shape)
     return nothing.index_copy(0, wanted, log_probs), nothing.index_copy(0, wanted, entropy)

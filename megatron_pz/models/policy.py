@@ -23,8 +23,7 @@ from torch import Tensor
 
 from megatron_pz.config.schema import Config
 from megatron_pz.models.family import Family, HfConfig, ModelFields
-from megatron_pz.models.fused_logprobs import check_available
-from megatron_pz.models.logprobs import token_log_probs
+from megatron_pz.models.logprobs import LogProbKernel, chosen_kernel, token_log_probs
 from megatron_pz.models.names import TensorShape
 from megatron_pz.models.random_init import initialize
 from megatron_pz.models.registry import family as family_of
@@ -48,7 +47,7 @@ class PolicyModel(GPTModel):
         shape: TensorShape,
         *,
         chunk_tokens: int,
-        fused_log_probs: bool = False,
+        log_prob_kernel: LogProbKernel = "chunked",
         **stage: Any,
     ) -> None:
         super().__init__(
@@ -64,7 +63,7 @@ class PolicyModel(GPTModel):
         self.family = family
         self.hf_config = dict(hf_config)
         self.tensor_shape = shape
-        self.chunk_tokens, self.fused_log_probs = chunk_tokens, fused_log_probs
+        self.chunk_tokens, self.log_prob_kernel = chunk_tokens, log_prob_kernel
         self.routing_replay: RoutingReplay | None = None
         self.rotary_pos_emb = PositionedRotaryEmbedding(
             kv_channels=config.kv_channels,
@@ -97,7 +96,7 @@ class PolicyModel(GPTModel):
             attention_mask: None, attention is causal.
             packed_seq_params: sequences in the row, from `Platform.packed_seq_params`; None: the row is one sequence.
             labels: int64 [1, T], the token after each; None: logits are wanted.
-            wanted: int64, where `labels` are not below 0; None: to be found out.
+            wanted: int64 [n], places of the labels that are not below 0; None: they are looked for on the device.
             temperature: logits are divided by it before the log-softmax (with `labels` only).
             logits_at: int64 [n], positions in the row whose logits are wanted; None: all.
             routed_experts: integers [T, layers of this stage with experts, k], from `routing_replay.of_stage`: where the
@@ -126,7 +125,7 @@ class PolicyModel(GPTModel):
             chunk_tokens=self.chunk_tokens,
             tp_group=self.pg_collection.tp,
             wanted=wanted,
-            fused=self.fused_log_probs,
+            kernel=self.log_prob_kernel,
         )
         return torch.stack([log_probs, entropy])
 
@@ -204,15 +203,12 @@ def build_policy(
 
     Raises:
         ModelError: the family is unknown, or config.json is not as it needs.
-        ConfigError: `[transformer]` has an unknown name, or the layers or kernels asked for cannot be had here, or
-            `train.routing_replay` needs routers that there are not.
+        ConfigError: `[transformer]` has an unknown name, or the layers asked for cannot be had here, or
+            `train.routing_replay` needs routers that there are not, or `train.log_prob_kernel` what there is not.
         LayoutError: the layout does not divide the model.
     """
     family = family_of(hf_config)
     fields = family.model_fields(hf_config)
-    fused = config.train.log_prob_kernel == "fused"
-    if fused:
-        check_available(platform.device)
     transformer = transformer_config(family, hf_config, config, platform)
     padded = padded_vocab_size(
         fields.vocab_size, config.model.make_vocab_size_divisible_by, transformer.tensor_model_parallel_size
@@ -225,7 +221,7 @@ def build_policy(
         fields,
         TensorShape(transformer.num_query_groups, transformer.kv_channels, fields.vocab_size, padded),
         chunk_tokens=config.train.log_prob_chunk_tokens,
-        fused_log_probs=fused,
+        log_prob_kernel=chosen_kernel(config.train.log_prob_kernel, platform.device, transformer.params_dtype),
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,

@@ -13,7 +13,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_pz.config.rules import GAMES
 from megatron_pz.config.schema import Config
-from megatron_pz.models.fused_logprobs import TILE_ROWS
 from megatron_pz.plan.activations import Layer, in_flight, kept
 from megatron_pz.plan.assumptions import GIB, Assumptions
 from megatron_pz.plan.stages import Buffer, Stage
@@ -135,20 +134,21 @@ def head_input_bytes(transformer: TransformerConfig) -> float:
     return (hidden + FLOAT32) / shards + hidden + gathered + 2 * 8 + 3 * FLOAT32
 
 
+FUSED_GRADIENT_BYTES = 256 * 2**20
+"""`models.kernels.fused_log_probs.GRADIENT_BYTES`, which cannot be imported without Triton."""
+
+
 def head_bytes(config: Config, transformer: TransformerConfig, vocab_size: int) -> float:
     """Bytes of the head besides its weight.
 
-    Chunked (`models.logprobs`): one chunk's logits, in the model's precision and in float32 with their exponentials, and of the head's
-    gradient a float32 sum over chunks, a chunk's part and the result. Fused (`models.fused_logprobs`): a tile's gradient, a float32 sum
-    and a product of the hidden states' gradient, and the head's gradient.
+    Chunked (`models.logprobs`): one chunk's logits, in the model's precision and in float32 with their exponentials, and of the
+    head's gradient a float32 sum over chunks, a chunk's part and the result. Fused (`models.kernels`): the gradient of some columns
+    of logits, a float32 sum and a product of the hidden states' gradient, and the head's gradient.
     """
     rows, b = vocab_size // transformer.tensor_model_parallel_size, transformer.params_dtype.itemsize
     if config.train.log_prob_kernel == "fused":
-        tokens = longest_row(config)
-        return (
-            tokens * (min(TILE_ROWS, rows) * b + transformer.hidden_size * 2 * FLOAT32)
-            + rows * transformer.hidden_size * b
-        )
+        tokens, width = longest_row(config), transformer.hidden_size
+        return min(tokens * rows * b, FUSED_GRADIENT_BYTES) + tokens * width * 2 * FLOAT32 + rows * width * b
     chunk = config.train.log_prob_chunk_tokens * rows * (2 * FLOAT32 + (b if b < FLOAT32 else 0))
     gradient = rows * transformer.hidden_size * (FLOAT32 + (2 * b if b < FLOAT32 else 0))
     return chunk + gradient

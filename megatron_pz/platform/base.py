@@ -50,6 +50,10 @@ class Platform(ABC):
     def install(self) -> None:
         """Make megatron importable and runnable here. Idempotent."""
 
+    def to_device(self, values: np.ndarray) -> torch.Tensor:
+        """A copy of the array on the device (on a CPU, perhaps the array itself), for which the host does not wait."""
+        return torch.as_tensor(values).to(self.device)
+
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until everything that was launched is done."""
@@ -73,10 +77,6 @@ class Platform(ABC):
         Raises:
             ConfigError: the layers asked for (`config.transformer_impl`) cannot be had on this machine.
         """
-
-    def tensor(self, values: np.ndarray) -> torch.Tensor:
-        """`values` on the device; nobody waits until they are there."""
-        return torch.as_tensor(values).to(self.device)
 
     def fp8_fault(self, recipe: str, capability: tuple[int, int]) -> str | None:
         """Why FP8 products cannot be had here, None if they can.
@@ -113,7 +113,7 @@ class Platform(ABC):
         from megatron_pz.platform.context_attention import SharedSequences
 
         longest = int(np.diff(np.asarray(cu_seqlens)).max())
-        cumulative = torch.as_tensor(cu_seqlens, dtype=torch.int32).to(self.device)
+        cumulative = self.to_device(np.asarray(cu_seqlens, dtype=np.int32))
         fields: dict[str, Any] = {
             "qkv_format": "thd",
             "cu_seqlens_q": cumulative,
@@ -125,6 +125,6 @@ class Platform(ABC):
             return PackedSeqParams(**fields)
         return SharedSequences(
             **fields,
-            positions=torch.as_tensor(positions).to(self.device),
-            gathered_places=torch.as_tensor(gathered_places).to(self.device),
+            positions=self.to_device(positions),
+            gathered_places=self.to_device(gathered_places),
         )

@@ -51,8 +51,8 @@ class CudaPlatform(Platform):
         harmless.silence(harmless.EVERYWHERE)
         self._engine_fault = transformer_engine.fault()
 
-    def tensor(self, values: np.ndarray) -> torch.Tensor:
-        """`values` on the GPU, by way of pinned memory: from any other the copy would have the host wait."""
+    def to_device(self, values: np.ndarray) -> torch.Tensor:
+        """Through pinned memory: a copy from any other has the host wait."""
         return torch.as_tensor(values).pin_memory().to(self.device, non_blocking=True)
 
     def synchronize(self) -> None:

@@ -38,7 +38,7 @@ class DeviceBatch:
     position_ids: Tensor  # int64 [1, T]
     packed_seq_params: PackedSeqParams
     labels: Tensor  # int64 [1, T], -1 where nothing is trained: the model leaves these out
-    wanted: Tensor  # int64, where something is trained
+    wanted: Tensor  # int64 [n], the other places: found on the host, which would wait for the device to tell them
     weights: Tensor  # float32 [T]
     advantages: Tensor  # float32 [T]
     rollout_log_probs: Tensor  # float32 [T]
@@ -79,14 +79,15 @@ def on_device(
         shared = {"positions": batch.position_ids, "gathered_places": gathered_places(batch.cu_seqlens, size)}
     experts = None if replay is None else batch.routed_experts
     of_stage = None if replay is None or experts is None else replay.of_stage(experts)
-    tensor = platform.tensor
 
+    tensor = platform.to_device
+    is_trained = batch.loss_weights > 0
     return DeviceBatch(
         input_ids=tensor(batch.token_ids)[None],
         position_ids=tensor(batch.position_ids)[None],
         packed_seq_params=platform.packed_seq_params(batch.cu_seqlens, **shared),
-        labels=tensor(np.where(batch.loss_weights > 0, batch.labels, -1))[None],
-        wanted=tensor(np.flatnonzero(batch.loss_weights > 0)),
+        labels=tensor(np.where(is_trained, batch.labels, -1))[None],
+        wanted=tensor(np.flatnonzero(is_trained & (batch.labels >= 0))),
         weights=tensor(batch.loss_weights),
         advantages=tensor(batch.advantages),
         rollout_log_probs=tensor(batch.rollout_log_probs),

@@ -59,14 +59,14 @@ def policy_loss(
     if dual_clip > 0:
         gain = torch.where(advantages < 0, torch.maximum(gain, dual_clip * advantages), gain)
     loss = -gain
-    stats = {"ratio": _sum(ratio, is_trained), "clipped": _sum(gain != free, is_trained)}
+    counted = {"ratio": _kept(ratio, is_trained), "clipped": (gain != free) & is_trained}
     if ref_log_probs is not None:
         ref_kl = k3(_kept(ref_log_probs - log_probs, is_trained))
         loss = loss + kl_coef * ref_kl
-        stats["ref_kl"] = _sum(ref_kl, is_trained)
+        counted["ref_kl"] = ref_kl
     if importance is not None:
         loss = loss * _kept(importance, is_trained)
-    return (_kept(weights, is_trained) * loss).sum(), stats
+    return (_kept(weights, is_trained) * loss).sum(), _sums(counted)
 
 
 def importance_weights(
@@ -108,7 +108,7 @@ def importance_weights(
     else:
         is_clipped = (ratio > cap) | (ratio < 1 / cap)  # NaN is neither, and stays
         bounded = ratio.masked_fill(is_clipped, 0.0)
-    return _kept(bounded, is_trained), {"importance_clipped": _sum(is_clipped, is_trained)}
+    return _kept(bounded, is_trained), _sums({"importance_clipped": is_clipped & is_trained})
 
 
 def supervised_loss(log_probs: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -140,24 +140,28 @@ def token_sums(
     """
     is_trained = weights > 0
     is_mask = is_trained & is_generator
-    sums = {
-        "tokens": _sum(is_trained, is_trained),
-        "packed": torch.tensor(float(weights.numel()), dtype=torch.float64, device=weights.device),
-        "tokens_mask": _sum(is_mask, is_mask),
-        "entropy_mask": _sum(entropy, is_mask),
-        "entropy_prediction": _sum(entropy, is_trained & ~is_generator),
+    counted = {
+        "tokens": is_trained,
+        "tokens_mask": is_mask,
+        "entropy_mask": _kept(entropy, is_mask),
+        "entropy_prediction": _kept(entropy, is_trained & ~is_generator),
     }
+    largest: dict[str, Tensor] = {}
     if rollout_log_probs is not None:
         gap = _kept(log_probs.detach() - rollout_log_probs, is_trained)
-        sums["mismatch_k3"] = _sum(k3(gap), is_trained)
-        sums["max_mismatch"] = gap.abs().max().double()
-    return sums
+        counted["mismatch_k3"] = k3(gap)  # 0 of 0
+        largest["max_mismatch"] = gap.abs().max().double()
+    # Filled on the device: a tensor made of a Python number is copied there while the host waits.
+    packed = torch.full((), float(weights.numel()), dtype=torch.float64, device=weights.device)
+    return _sums(counted) | largest | {"packed": packed}
 
 
 def _kept(values: Tensor, is_trained: Tensor) -> Tensor:
     """`values` where trained, 0 elsewhere; also the gradient, and also where a value is not finite."""
-    return torch.where(is_trained, values, torch.zeros_like(values))
+    return values.masked_fill(~is_trained, 0)  # `where` would have to copy its 0 to the device, or fill a tensor
 
 
-def _sum(values: Tensor, chosen: Tensor) -> Tensor:
-    return _kept(values.detach().double(), chosen).sum()
+def _sums(counted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """float64 sums by name, in one pass over all of them; values [T] each, 0 (or False) where they do not count."""
+    rows = torch.stack([values.detach() for values in counted.values()])
+    return dict(zip(counted, rows.sum(1, dtype=torch.float64), strict=True))

@@ -1,13 +1,13 @@
-"""What a GPU would have to wait for: operations whose result the host needs before it can go on.
+"""No micro-batch makes the host wait for the device: the twin on a CPU of tests/gpu/test_host_waits_gpu.py.
 
-Counted on a CPU, by the operations that read a value out of a tensor or whose result's shape depends on values. On a GPU: tests/gpu.
+A whole update of the real trainer runs under two nets (`tests/host_waits.py`); what is not of the CPU alone is a fault.
 """
 
-import sys
 from collections import Counter
 
 import pytest
 from builders import sample
+from host_waits import host_waits
 
 from megatron_pz.config.schema import Config, ModelConfig, TrainConfig
 from megatron_pz.platform.select import select_platform
@@ -15,44 +15,43 @@ from megatron_pz.platform.select import select_platform
 PLATFORM = select_platform("cpu")  # before Megatron is imported
 
 import torch  # noqa: E402
-from hf_models import MODELS, SMALL  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from megatron_pz.batch.schedule import plan_update  # noqa: E402
+from megatron_pz.train import step as step_module  # noqa: E402
 from megatron_pz.train.model import build_model  # noqa: E402
 from megatron_pz.train.parallel import init_parallel, shutdown  # noqa: E402
 from megatron_pz.train.step import Trainer  # noqa: E402
 from megatron_pz.types import Role  # noqa: E402
 
-WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "is_nonzero", "equal"}
-CONFIG = SMALL | MODELS["qwen3"].fields | {"model_type": "qwen3", "rope_theta": 1e4}
-
-
-OF_THE_CPU = ("platform/local_modules.py", "platform/cpu_layers.py")
-"""Attention and rotary positions of the local layers; Transformer Engine's take lengths that lie on the GPU."""
-
-
-def _is_of_the_cpu(frame):
-    while frame is not None:
-        if frame.f_code.co_filename.endswith(OF_THE_CPU):
-            return True
-        frame = frame.f_back
-    return False
-
-
-class Waits(TorchDispatchMode):
-    """Counts them."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        by_mask = name == "index" and any(i is not None and i.dtype is torch.bool for i in args[1])
-        if (name in WAITS or by_mask) and not _is_of_the_cpu(sys._getframe(1)):
-            self.seen[name] += 1
-        return func(*args, **(kwargs or {}))
+TINY = {
+    "model_type": "qwen3",
+    "vocab_size": 90,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
+SAMPLES = [
+    sample((5, 9, 20), (7, 1), role=Role.GENERATOR, advantage=1.0),
+    sample((5, 9), (11, 3, 1), advantage=-0.5),
+    sample((6, 2), (12, 1), advantage=0.5),
+]
+ALLOWED = {
+    # Lengths of the batch's own array, before anything is copied to the device.
+    "megatron_pz/platform/base.py:packed_seq_params",
+    # The local layers go sequence by sequence; Transformer Engine's take cumulative lengths on the device.
+    "megatron_pz/platform/cpu_layers.py:forward",
+    "megatron_pz/platform/local_modules.py:_rotation",
+    # Once a step, after the last micro-batch: Megatron reads the number of tokens that gradients are divided by.
+    "megatron/distributed/finalize_model_grads.py:finalize_model_grads",
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,35 +60,57 @@ def parallel():
     shutdown()
 
 
-def seen(parallel, num_micro_batches, **train):
-    config = Config(model=ModelConfig(init="random"), train=TrainConfig(**train))
-    trainer = Trainer(build_model(CONFIG, config, PLATFORM, parallel), config, PLATFORM, parallel)
-    samples = [
-        sample((5, 9, 20), (7, 1), role=Role.GENERATOR, advantage=1.0 - 0.4 * number)
-        for number in range(num_micro_batches)
-    ]
-    plan = plan_update(samples, max_tokens=5)
-    assert len(plan.micro_batches[0]) == num_micro_batches
-    with Waits() as waits:
-        trainer.step(plan, lr_step=1)
-    return waits.seen
+@pytest.mark.parametrize(
+    "train",
+    [{}, {"importance_sampling": "truncated", "dual_clip": 3.0}, {"recompute_old_log_probs": True}],
+    ids=["plain", "importance sampling", "old log-probs given"],
+)
+def test_a_micro_batch_waits_for_nothing_but_what_the_local_layers_need(parallel, monkeypatch, train):
+    config = Config(model=ModelConfig(init="random"), train=TrainConfig(lr=1e-2, lr_decay_style="constant", **train))
+    trainer = Trainer(build_model(TINY, config, PLATFORM, parallel), config, PLATFORM, parallel)
+    plan = plan_update(SAMPLES, max_tokens=8)
+    assert len(plan.micro_batches[0]) > 1
+    old = trainer.score(plan.micro_batches[0]) if "recompute_old_log_probs" in train else None
+    waits = []
+    real = step_module.run_schedule
+
+    def watched(*args, **kwargs):
+        with host_waits() as found:
+            result = real(*args, **kwargs)
+        waits.extend(found)
+        return result
+
+    monkeypatch.setattr(step_module, "run_schedule", watched)
+    assert trainer.step(plan, lr_step=1, old_log_probs=old).applied
+    faults = Counter(wait for wait in waits if wait.split(" in ")[1] not in ALLOWED)
+    assert faults == {}
+    assert sum("finalize_model_grads" in wait for wait in waits) <= 1
+    assert any("cpu_layers.py" in wait for wait in waits)  # the nets hold
 
 
 @pytest.mark.parametrize(
-    "train",
+    "wait",
     [
-        {},
-        {"importance_sampling": "truncated", "dual_clip": 10.0, "loss_aggregation": "sequence_mean"},
+        lambda x: x.sum().item(),
+        lambda x: float(x.sum()),
+        lambda x: bool(x.any()),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.masked_fill_(x > 0, 1).tolist(),
+        lambda x: x.cpu(),
+        lambda x: x.numpy(),
+        lambda x: torch.tensor(3.0, device=x.device),
     ],
 )
-def test_a_step_waits_as_often_with_four_micro_batches_as_with_one(parallel, train):
-    one, four = seen(parallel, 1, **train), seen(parallel, 4, **train)
-    assert one == four
-    assert one["_local_scalar_dense"] > 0  # the step's own: loss, gradient norm, verdict
+def test_each_way_to_wait_is_seen(wait):
+    x = torch.ones(3)
+    with host_waits() as found:
+        wait(x)
+    assert found
 
 
-def test_the_count_would_see_one(parallel):
-    with Waits() as waits:
-        torch.tensor([1.0, 0.0]).nonzero()
-        torch.tensor([1.0])[torch.tensor([True])].item()
-    assert waits.seen == {"nonzero": 1, "index": 1, "_local_scalar_dense": 1}
+def test_what_stays_on_the_device_is_no_wait():
+    x = torch.ones(3, requires_grad=True)
+    with host_waits() as found:
+        x.masked_fill(x < 0, 0.0).index_select(0, torch.arange(2)).exp().sum().backward()
+    assert found == []

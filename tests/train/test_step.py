@@ -121,17 +121,6 @@ def test_scores_are_the_log_probs_of_the_trained_tokens_under_the_sampling_tempe
         assert scores[end - 1] == 0
 
 
-def test_the_fused_kernel_teaches_what_the_chunked_one_does(trainer):
-    """In Triton's interpreter. Seen: loss and norm equal to 2e-7, weights after the update to 3e-7."""
-    results, weights = [], []
-    for kernel in ("chunked", "fused"):
-        one = trainer(log_prob_kernel=kernel, temperature=0.8)
-        results.append(one.step(plan_update(SAMPLES, max_tokens=6), lr_step=1))
-        weights.append(weights_of(one))
-    assert results[1].metrics == pytest.approx(dict(results[0].metrics), rel=1e-5, abs=1e-6)
-    assert max(float((value - weights[1][name]).abs().max()) for name, value in weights[0].items()) < 1e-4
-
-
 def test_text_is_learned_at_temperature_one_and_its_loss_is_the_mean_cross_entropy(trainer):
     one = trainer(task="sft", temperature=0.5)
     wanted = -sum(float((log_probs_of(one, s.token_ids) * torch.tensor(s.loss_weights[1:])).sum()) for s in TEXT)

@@ -1,0 +1,84 @@
+"""One update of a tiny policy with the chunked and with the fused log-probs, the latter by Triton's interpreter.
+
+Prints as JSON how far metrics and weights are apart; learning rate 1e-2.
+"""
+
+import json
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+from builders import sample
+
+from megatron_pz.config.schema import Config, ModelConfig, TrainConfig
+from megatron_pz.platform.select import select_platform
+from megatron_pz.types import Role
+
+PLATFORM = select_platform("cpu")  # before Megatron is imported
+
+import torch  # noqa: E402
+
+from megatron_pz.batch.schedule import plan_update  # noqa: E402
+from megatron_pz.models.shards import unwrap  # noqa: E402
+from megatron_pz.train.model import build_model  # noqa: E402
+from megatron_pz.train.parallel import init_parallel, shutdown  # noqa: E402
+from megatron_pz.train.step import Trainer  # noqa: E402
+
+TINY = {
+    "model_type": "qwen3",
+    "vocab_size": 90,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
+SAMPLES = [
+    sample((5, 9, 20), (7, 1), role=Role.GENERATOR, advantage=1.0),
+    sample((5, 9), (11, 3, 1), advantage=-0.5),
+    sample((6, 2), (12, 1), advantage=0.5),
+]
+
+
+def update(kernel, parallel):
+    """Metrics, gradients (before the update: the buffers keep them) and weights after it."""
+    config = Config(
+        model=ModelConfig(init="random"),
+        train=TrainConfig(lr=1e-2, lr_decay_style="constant", log_prob_kernel=kernel),
+    )
+    trainer = Trainer(build_model(TINY, config, PLATFORM, parallel), config, PLATFORM, parallel)
+    assert unwrap(trainer.chunks[0]).log_prob_kernel == kernel
+    result = trainer.step(plan_update(SAMPLES, max_tokens=8), lr_step=1)
+    assert result.applied
+    gradients = {name: p.main_grad.clone() for name, p in trainer.chunks[0].module.named_parameters()}
+    weights = {name: p.detach().clone() for name, p in trainer.chunks[0].module.named_parameters()}
+    return result.metrics, gradients, weights
+
+
+def apart(one, two):
+    return max((one[name] - two[name]).abs().max().item() for name in one)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    parallel = init_parallel(Config().parallel, PLATFORM, seed=1)
+    chunked, fused = (update(kernel, parallel) for kernel in ("chunked", "fused"))
+    metrics = max(abs(chunked[0][name] - fused[0][name]) for name in chunked[0])
+    largest = max(value.abs().max().item() for value in chunked[1].values())
+    shutdown()
+    print(
+        json.dumps(
+            {
+                "metrics": metrics,
+                "gradients": apart(chunked[1], fused[1]) / largest,
+                "weights": apart(chunked[2], fused[2]),
+                "moved": max(value.abs().max().item() for value in chunked[1].values()),
+            }
+        )
+    )
