@@ -43,7 +43,7 @@ def test_a_forbidden_import_breaks_a_contract(tmp_path, capsys, monkeypatch):
     for room in ("platform", "report", "config"):
         (package / room).mkdir()
         (package / room / "__init__.py").write_text("")
-    for module in ("__init__", "types", "errors", "batch/packing"):
+    for module in ("__init__", "types", "words", "errors", "batch/packing"):
         (package / f"{module}.py").write_text("")
     (package / "game" / "rewards.py").write_text("import torch\nfrom megatron_pz.train import __name__\n")
     (package / "evaluate" / "masks.py").write_text("import megatron.core\nimport sglang\n")

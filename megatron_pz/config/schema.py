@@ -12,6 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Game = Literal["pretrain_zero", "random_span", "random_ntp", "entropy_ntp"]
+TaskName = Literal[Game, "continue_pt", "sft", "rlvr"]
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -68,12 +71,10 @@ class CorpusConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    task: Literal["pretrain_zero", "random_span", "random_ntp", "entropy_ntp", "continue_pt", "sft", "rlvr"] = (
-        "pretrain_zero"
-    )
+    task: TaskName = "pretrain_zero"
     """What is played: PretrainZero, its baselines with random spans, random next tokens or next tokens of high entropy, next-token
     training, supervised training on both formats, or questions whose answers a verifier pays."""
-    warm_up_task: Literal["", "pretrain_zero", "random_span", "random_ntp", "entropy_ntp"] = ""
+    warm_up_task: Literal["", Game] = ""
     """Game of the first `warm_up_task_steps` steps, before `task`; empty: none."""
     warm_up_task_steps: int = 0
     """Steps of `warm_up_task`; the paper gives SmolLM3 100 of `random_span`."""

@@ -64,6 +64,8 @@ def test_a_job_of_two_nodes_is_queued_again_twice_and_ends_with_the_numbers_of_a
     slurm.kill_node("n2")
     wait_until(lambda: slurm.job(job)["Restarts"] == "2", 120, told)
     assert num_rows(run_dir) < STEPS + 1
+    # A machine that comes back at once would get what Slurm has to say of the job's last run, in its next one.
+    wait_until(lambda: any("down" in state for state in slurm.states()), 120, told)
     slurm.start_node("n2")
 
     undisturbed = [
