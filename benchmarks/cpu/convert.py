@@ -70,10 +70,17 @@ def make(source: Path, layers: int, folder: Path) -> dict[str, Any]:
         for name, shape in zip(one.shard.hf_names, one.shard.hf_shapes(), strict=True)
     ]
     file = TensorFile(folder / "model.safetensors", specs)
+    # Any bits but infinities and NaNs. Drawn once, begun at another place for each tensor: lots take longer than the rest.
+    drawn = torch.randint(0, 2**14, (2**25 - 39,), dtype=torch.int16, generator=generator)
     for name, dtype, shape in specs:
-        bits = torch.randint(-(2**15), 2**15, shape, dtype=torch.int16, generator=generator)
-        file.add(name, (bits & 0x3FFF).view(dtype))  # any bits but infinities and NaNs
-    file.close()
+        start, count = int(torch.randint(drawn.numel(), (), generator=generator)), torch.Size(shape).numel()
+        bits = (
+            drawn.roll(start).repeat(-(-count // drawn.numel()))[:count]
+            if count > 2**14
+            else drawn[start % 2**24 :][:count]
+        )
+        file.add(name, bits.view(dtype).reshape(shape))
+    file.finish()
     sizes = [2 * torch.Size(shape).numel() for _, _, shape in specs]
     return {"layers": hf["num_hidden_layers"], "tensors": len(specs), "bytes": sum(sizes), "largest": max(sizes)}
 

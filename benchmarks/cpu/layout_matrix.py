@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/records/layout_matrix")
     given = parser.parse_args()
     every = [(model, found) for model in given.models.split(",") for found in choices(model, given.most)]
-    every = [one for one in every if given.only in ("", told(one[1]))]
+    every = sorted((one for one in every if given.only in ("", told(one[1]))), key=lambda one: len(one[1]))
     wanted = [one for one in every if not refusal(*one)]
     began, progress = time.perf_counter(), Path(given.out).with_suffix(".jsonl")
     known = [json.loads(line) for line in progress.read_text().splitlines()] if progress.exists() else []

@@ -11,11 +11,12 @@ import os
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, cast
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_pz.checkpoint.digested import DigestedFile, MappedFile, exact
 from megatron_pz.checkpoint.skeleton import Place
 from megatron_pz.errors import CheckpointError
 
@@ -36,27 +38,30 @@ Fact = list[Any]
 """Of a piece, as JSON: key, offset, shape, whole shape, dtype, first byte, bytes; of an object, with None from offset on."""
 
 
-def write_piece(file: BinaryIO, place: Place, value: Tensor) -> Fact:
+def write_piece(file: DigestedFile, place: Place, value: Tensor) -> Fact:
     """Append `value` to `file`; what has to be known of it."""
     start = file.tell()
-    _save(value.contiguous().clone() if value.untyped_storage().nbytes() != value.nbytes else value, file)
+    value = exact(value)
+    file.lent = value.reshape(-1).view(torch.uint8).numpy()
+    _save(value, file)
+    file.lent = None
     dtype = str(value.dtype).removeprefix("torch.")
     return [place.key, [*place.offset], [*place.shape], [*place.whole], dtype, start, file.tell() - start]
 
 
-def write_object(file: BinaryIO, key: str) -> Fact:
+def write_object(file: DigestedFile, key: str) -> Fact:
     """Append the object `key`, of which a converted checkpoint knows nothing, as Megatron saves one that is None."""
     start = file.tell()
     _save([None], file)
     return [key, None, None, None, None, start, file.tell() - start]
 
 
-def _save(thing: Any, file: BinaryIO) -> None:
+def _save(thing: Any, file: DigestedFile) -> None:
     """`torch.save` without CRC sums, which take seven times as long as the rest: the manifest has a digest of the file."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
-        torch.save(thing, file)
+        torch.save(thing, cast("IO[bytes]", file))
     finally:
         torch.serialization.set_crc32_options(before)
 
@@ -98,7 +103,7 @@ class PieceReader:
                 f"{folder / METADATA} cannot be read ({error}); it is no distributed checkpoint."
             ) from error
         self._folder = folder
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[Path, MappedFile] = {}
 
     def tensor_keys(self) -> set[str]:
         """Of every tensor, the optimizer's among them."""
@@ -142,30 +147,48 @@ class PieceReader:
             )
         return value
 
-    def close(self) -> None:
-        """Close the files."""
-        for file in self._files.values():
-            file.close()
-
     def _piece(self, key: str, offset: Sequence[int]) -> Tensor:
         stored = self._storage[MetadataIndex(key, torch.Size(offset))]
+        path = self._folder / stored.relative_path
         try:
-            if stored.relative_path not in self._files:
-                self._files[stored.relative_path] = (self._folder / stored.relative_path).open("rb")
-            file = self._files[stored.relative_path]
-            file.seek(stored.offset)
-            piece: Tensor = torch.load(io.BytesIO(file.read(stored.length)), weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise CheckpointError(
-                f"{self._folder / stored.relative_path} is damaged where {key} stands: {error}."
-            ) from error
-        return piece
+            if path not in self._files:
+                self._files[path] = MappedFile(path)
+            # A tensor that only knows where its numbers are: `torch.load` would copy them twice.
+            with FakeTensorMode():
+                known = torch.load(_Part(self._files[path].part(stored.offset, stored.length)), weights_only=True)
+            start = stored.offset + known.untyped_storage()._checkpoint_offset
+            numbers = self._files[path].tensor(
+                start, known.dtype, (known.untyped_storage().nbytes() // known.itemsize,)
+            )
+        except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise CheckpointError(f"{path} is damaged where {key} stands: {error}.") from error
+        return numbers.as_strided(known.shape, known.stride(), known.storage_offset())
 
 
-def sync(file: BinaryIO) -> None:
-    """Have everything of `file` on disk."""
-    file.flush()
-    os.fsync(file.fileno())
+class _Part(io.RawIOBase):
+    """Bytes as a file."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data, self._at = data, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: len(self._data)}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        found = self._data[self._at : self._at + len(buffer)]
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
 
 
 def _overlap(place: Place, offset: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]] | None:
