@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_pz.config.schema import Config, ModelConfig
 from megatron_pz.models.family import HfConfig
-from megatron_pz.models.names import Direct, Experts, GatedMLP
+from megatron_pz.models.names import Direct, Experts, GatedMLP, Vocabulary
 from megatron_pz.models.policy import build_policy
 from megatron_pz.models.shards import Shard, shards_of
 from megatron_pz.platform.meta import MetaPlatform, on_meta
@@ -57,7 +57,10 @@ class Parameter:
         mapping = self.shard.entry.mapping
         mapping = mapping.inner if isinstance(mapping, Experts) else mapping
         sizes = [math.prod(shape) for shape in self.shard.hf_shapes()]
-        return isinstance(mapping, Direct | GatedMLP) and [math.prod(one.shape) for one in self.places()] == sizes
+        return (
+            isinstance(mapping, Direct | GatedMLP | Vocabulary)
+            and [math.prod(one.shape) for one in self.places()] == sizes
+        )
 
     def cut(self, value: Tensor) -> list[tuple[Place, Tensor]]:
         """`value` of the whole parameter as its pieces, in the shapes of their places."""
