@@ -76,12 +76,10 @@ def make(source: Path, layers: int, folder: Path) -> dict[str, Any]:
     # Any bits but infinities and NaNs. Drawn once, begun at another place for each tensor: lots take longer than the rest.
     drawn = torch.randint(0, 2**14, (2**25 - 39,), dtype=torch.int16, generator=generator)
     for name, dtype, shape in specs:
-        start, count = int(torch.randint(drawn.numel(), (), generator=generator)), torch.Size(shape).numel()
-        bits = (
-            drawn.roll(start).repeat(-(-count // drawn.numel()))[:count]
-            if count > 2**14
-            else drawn[start % 2**24 :][:count]
-        )
+        count = torch.Size(shape).numel()
+        start = int(torch.randint(max(1, drawn.numel() - count), (), generator=generator))
+        bits = drawn[start:] if count <= drawn.numel() else drawn.repeat(-(-count // drawn.numel()))
+        bits = bits[:count]
         file.add(name, bits.view(dtype).reshape(shape))
     file.finish()
     sizes = [2 * torch.Size(shape).numel() for _, _, shape in specs]

@@ -36,11 +36,9 @@ class DigestedFile:
 
     def write(self, data: bytes | memoryview) -> int:
         """Append `data`; its length in bytes."""
-        kept: bytes | np.ndarray = np.frombuffer(data, np.uint8)
-        if self.lent is not None and kept.ctypes.data == self.lent.ctypes.data and kept.nbytes == self.lent.nbytes:
-            kept = self.lent
-        else:
-            kept = kept.tobytes()
+        found, lent = np.frombuffer(data, np.uint8), self.lent
+        is_lent = lent is not None and (found.ctypes.data, found.nbytes) == (lent.ctypes.data, lent.nbytes)
+        kept = lent.data if lent is not None and is_lent else memoryview(found.tobytes())
         self._waiting.append((self._hasher.submit(self._digest.update, kept), len(kept)))
         self._behind += len(kept)
         rest = memoryview(data).cast("B")

@@ -155,7 +155,8 @@ class PieceReader:
                 self._files[path] = MappedFile(path)
             # A tensor that only knows where its numbers are: `torch.load` would copy them twice.
             with FakeTensorMode():
-                known = torch.load(_Part(self._files[path].part(stored.offset, stored.length)), weights_only=True)
+                part = _Part(self._files[path].part(stored.offset, stored.length))
+                known = torch.load(cast("IO[bytes]", part), weights_only=True)
             start = stored.offset + known.untyped_storage()._checkpoint_offset
             numbers = self._files[path].tensor(
                 start, known.dtype, (known.untyped_storage().nbytes() // known.itemsize,)
