@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
             sys.stdout.write(f"cannot be shared out: {fault}\n\n{proposals(planner.propose(), NUM_PROPOSED)}\n")
             return 1
         plan = planner.plan(config, build_stages(hf_config, config, machines.world_size))
-        sys.stdout.write(report(plan, machines) + "\n")
+        sys.stdout.write(report(plan, machines, planner.recomputing(config)) + "\n")
         if plan.faults or own.propose:
             sys.stdout.write(f"\n{proposals(planner.propose(), NUM_PROPOSED)}\n")
     except MegatronPZError as error:

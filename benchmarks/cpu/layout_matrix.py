@@ -4,28 +4,47 @@ One update on nine packed sequences of unequal lengths, float32, at most eight r
 a SmolLM3 with layers without positions. Compared with one process: whole gradients, loss and other metrics, log-probs as
 `Trainer.score` gives them, and the weights after the update.
 
-Usage: layout_matrix.py [--most 3] [--models dense,moe,nope] [--only "tp2 sp cp2"] [--out benchmarks/records/layout_matrix]
+Each layout has ranks of its own: torchrun's agent, started from Python, forks them from this process, which has imported
+everything already (imports took longer than the layouts), and nothing of one layout is left to the next. What was found
+stands in OUT.jsonl, a line a layout, until all are there: the same command goes on, and --seconds makes it stop between two.
+
+Usage: layout_matrix.py [--most 3] [--models dense,moe,nope] [--only "tp2 sp cp2"] [--seconds 90]
+                        [--out benchmarks/records/layout_matrix]; status 3: there are more to do
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
 import importlib.metadata
 import itertools
 import json
 import math
 import os
-import subprocess
+import pickle
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
 ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "layouts")]
+from gradients import Case, compare, outcome, reference_of  # noqa: E402
+
+torch.set_num_threads(1)
 MAX_RANKS = 8
+HUNG = 240  # seconds after which a rank gives up
 TOLERANCE = 1e-5  # relative, of the gradient as a whole
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 SELECTIVE = {"recompute_granularity": "selective"}
@@ -51,18 +70,20 @@ Choice = tuple[tuple[str, str], ...]
 
 
 def choices(model: str, most: int) -> Iterator[Choice]:
-    """Every way to take one to `most` axes, that Megatron-Core and eight ranks allow."""
+    """Every way to take one to `most` axes."""
     axes = [axis for axis in AXES if axis != "expert" or model == "moe"]
     for count in range(1, most + 1):
         for taken in itertools.combinations(axes, count):
-            for found in itertools.product(*([(axis, name) for name in AXES[axis]] for axis in taken)):
-                if ranks(found) <= MAX_RANKS and is_allowed(model, dict(found)):
-                    yield found
+            yield from itertools.product(*([(axis, name) for name in AXES[axis]] for axis in taken))
 
 
-def is_allowed(model: str, found: dict[str, str]) -> bool:
-    """Whether Megatron-Core trains it: experts under tensor parallelism only with sequence parallelism."""
-    return not (model == "moe" and found.get("tensor") == "tp2")
+def refusal(model: str, found: Choice) -> str:
+    """Why it is not tried, or nothing."""
+    if model == "moe" and dict(found).get("tensor") == "tp2":
+        return "Megatron-Core trains experts under tensor parallelism only with sequence parallelism"
+    if ranks(found) > MAX_RANKS:
+        return f"it takes more than {MAX_RANKS} processes"
+    return ""
 
 
 def ranks(found: Choice) -> int:
@@ -76,8 +97,6 @@ def ranks(found: Choice) -> int:
 
 def case(model: str, found: Choice) -> Any:
     """The `gradients.Case` of it."""
-    from gradients import Case
-
     taken = dict(found)
     layout: dict[str, Any] = {}
     for axis, name in found:
@@ -102,83 +121,89 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=3, help="axes of a layout at most")
     parser.add_argument("--models", default="dense,moe,nope")
     parser.add_argument("--only", default="", help="a layout by its name")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no layout after these")
     parser.add_argument("--out", default="benchmarks/records/layout_matrix")
-    parser.add_argument("--worker", default="", help="for the ranks: where to write")
     given = parser.parse_args()
-    # Layouts without positions in some layers differ from others in nothing but the rotation: their pairs are enough.
-    wanted = [
-        (model, found)
-        for model in given.models.split(",")
-        for found in choices(model, min(given.most, 2) if model == "nope" else given.most)
-        if given.only in ("", told(found))
-    ]
-    if given.worker:
-        world_size = int(os.environ["WORLD_SIZE"])
-        work([one for one in wanted if ranks(one[1]) == world_size], Path(given.worker))
-        return
-    began, rows = time.perf_counter(), []
-    for world_size in sorted({ranks(found) for _, found in wanted}):
-        rows += launched(world_size)
-    write(Path(given.out), rows, time.perf_counter() - began)
-
-
-def launched(world_size: int) -> list[dict[str, Any]]:
-    """What the ranks found."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "found.json"
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        subprocess.run(
-            [*launch, __file__, *sys.argv[1:], "--worker", str(out)],
-            env=environment,
-            check=True,
-            stderr=subprocess.STDOUT,
-        )
-        return json.loads(out.read_text())
-
-
-def work(wanted: list[tuple[str, Choice]], out: Path) -> None:
-    """All layouts of this world's size, one after the other. All ranks."""
-    sys.path.insert(0, str(ROOT / "tests" / "layouts"))
-    import torch
-    from gradients import alone, compare, outcome, reference_of
-
-    from megatron_pz.train.parallel import shutdown
-
-    torch.set_num_threads(1)
-    cases = [(model, found, case(model, found)) for model, found in wanted]
-    references = {str(plain(reference_of(one))): plain(reference_of(one)) for _, _, one in cases}
-    is_rank0 = os.environ["RANK"] == "0"
-    results = alone(references) if is_rank0 else {}
-    rows = []
-    for model, found, one in cases:
-        result = outcome(one)
-        if result is not None:
-            row = {
-                "model": model,
-                "layout": told(found),
-                "axes": len(found),
-                "ranks": ranks(found),
-                "updated": one.updated,
-            }
-            rows.append(row | compare(result, results[str(plain(reference_of(one)))]))
-            sys.stdout.write(f"{model} {told(found)}: {rows[-1]['grad']:.1e}, {rows[-1]['worst']:.1e}\n")
+    every = [(model, found) for model in given.models.split(",") for found in choices(model, given.most)]
+    every = sorted((one for one in every if given.only in ("", told(one[1]))), key=lambda one: len(one[1]))
+    wanted = [one for one in every if not refusal(*one)]
+    began, progress = time.perf_counter(), Path(given.out).with_suffix(".jsonl")
+    known = [json.loads(line) for line in progress.read_text().splitlines()] if progress.exists() else []
+    rows = {(row["model"], row["layout"]): row for row in known}
+    with tempfile.TemporaryDirectory() as folder, progress.open("a", encoding="utf-8") as file:
+        for number, (model, found) in enumerate(wanted):
+            if (model, told(found)) in rows:
+                continue
+            if time.perf_counter() - began > given.seconds:
+                sys.stdout.write(f"{len(rows)} of {len(wanted)} done\n")
+                sys.exit(3)
+            row = rows[model, told(found)] = learned(model, found, Path(folder))
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            error = f"{row['grad']:.1e}, {row['worst']:.1e}" if "grad" in row else row["failed"]
+            sys.stdout.write(f"{number + 1}/{len(wanted)} {model} {told(found)}: {error} ({row['seconds']:.1f} s)\n")
             sys.stdout.flush()
-    if is_rank0:
-        out.write_text(json.dumps(rows))
-    shutdown()
+    write(Path(given.out), [rows[model, told(found)] for model, found in wanted], every)
+    progress.unlink()
 
 
-def plain(reference: Any) -> Any:
-    """The reference keeps all activations."""
-    import dataclasses
+def learned(model: str, found: Choice, folder: Path) -> dict[str, Any]:
+    """Errors of a layout."""
+    one = case(model, found)
+    began = time.perf_counter()
+    row = {"model": model, "layout": told(found), "axes": len(found), "ranks": ranks(found), "updated": one.updated}
+    try:
+        errors = launched(compared, ranks(found), one, reference(one, folder))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        message = failure.message if isinstance(failure.message, str) else failure.message["message"]
+        errors = {"failed": f"rank {rank}: {message.splitlines()[-1] if message else failure.exitcode}"}
+    return row | errors | {"seconds": time.perf_counter() - began}
 
-    return dataclasses.replace(reference, transformer={})
+
+def reference(one: Any, folder: Path) -> Path:
+    """File with the outcome of one process, with all activations kept."""
+    alone = dataclasses.replace(reference_of(one), transformer={})
+    path = folder / hashlib.sha256(repr(alone).encode()).hexdigest()
+    if not path.exists():
+        launched(written, 1, alone, path)
+    return path
 
 
-def write(out: Path, rows: list[dict[str, Any]], seconds: float) -> None:
+def launched(function: Callable[..., Any], world_size: int, *given: Any) -> Any:
+    """What rank 0 returns under torchrun's agent."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=world_size,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="fork",
+    )
+    return elastic_launch(config, function)(*given)[0]
+
+
+@record
+def compared(one: Any, path: Path) -> dict[str, Any] | None:
+    """A rank: errors beside the reference, on rank 0."""
+    signal.alarm(HUNG)
+    result = outcome(one)
+    return compare(result, pickle.loads(path.read_bytes())) if result is not None else None
+
+
+@record
+def written(one: Any, path: Path) -> None:
+    """The only rank: its outcome into a file."""
+    path.write_bytes(pickle.dumps(outcome(one)))
+
+
+def write(out: Path, rows: list[dict[str, Any]], every: list[tuple[str, Choice]]) -> None:
     """The record and its table."""
     over = [row for row in rows if is_over(row)]
+    refused = Counter((model, why) for model, found in every if (why := refusal(model, found)))
+    seconds = sum(row["seconds"] for row in rows)
     versions = {name: importlib.metadata.version(name) for name in ("megatron-core", "torch")}
     lines = [
         "# Layouts against one process",
@@ -195,14 +220,19 @@ def write(out: Path, rows: list[dict[str, Any]], seconds: float) -> None:
         "|---|---|---|---|---|---|---|---|",
     ]
     for model, axes in sorted({(row["model"], row["axes"]) for row in rows}):
-        mine = [row for row in rows if (row["model"], row["axes"]) == (model, axes)]
+        mine = [row for row in rows if (row["model"], row["axes"]) == (model, axes) and "failed" not in row]
         lines.append(f"| {model} | {axes} | {len(mine)} | " + " | ".join(cells(mine)) + " |")
+    lines += ["", "Not tried:", ""]
+    lines += [f"- {model}: {count} layouts, as {why}." for (model, why), count in refused.items()] or ["- nothing."]
     lines += [
         "",
         "| model | layout | ranks | gradient | worst parameter | weights after |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
+        if "failed" in row:
+            lines.append(f"| {row['model']} | {row['layout']} | {row['ranks']} | {row['failed']} |||")
+            continue
         gradient, worst, weights, *_ = cells([row])
         name = f" ({row['name'].removeprefix('model.')})" if not row["updated"] else ""
         lines.append(f"| {row['model']} | {row['layout']} | {row['ranks']} | {gradient} | {worst}{name} | {weights} |")
@@ -214,6 +244,7 @@ def write(out: Path, rows: list[dict[str, Any]], seconds: float) -> None:
         "load_average": os.getloadavg(),
         "tolerance": TOLERANCE,
         "layouts": rows,
+        "refused": [{"model": model, "why": why, "count": count} for (model, why), count in refused.items()],
     }
     out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write("\n".join(lines[:14]) + "\n")
@@ -225,6 +256,8 @@ def write(out: Path, rows: list[dict[str, Any]], seconds: float) -> None:
 
 def is_over(row: dict[str, Any]) -> bool:
     """Adam turns rounding of small gradients into steps: changes are looked at as parts of the weights."""
+    if "failed" in row:
+        return True
     found = [row["weights"], row["metrics"], row["score"]] + ([] if row["updated"] else [row["grad"]])
     return not all(math.isfinite(value) and value <= TOLERANCE for value in found)
 

@@ -11,24 +11,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_pz.checkpoint import fp8
+from megatron_pz.checkpoint.digested import DigestedFile
 from megatron_pz.checkpoint.hf_export import copy_settings, write_config
 from megatron_pz.checkpoint.hf_import import INDEX, SINGLE, TensorReader
 from megatron_pz.checkpoint.manifest import fingerprint, write_manifest
-from megatron_pz.checkpoint.pieces import PieceReader, sync, write_index, write_object, write_piece
-from megatron_pz.checkpoint.skeleton import Parameter, Skeleton, skeleton
+from megatron_pz.checkpoint.pieces import PieceReader, write_index, write_object, write_piece
+from megatron_pz.checkpoint.skeleton import Parameter, Place, Skeleton, skeleton
 from megatron_pz.checkpoint.store import SHARDS
-from megatron_pz.checkpoint.tensor_file import Spec, TensorFile
+from megatron_pz.checkpoint.tensor_file import MappedTensors, Spec, TensorFile
 from megatron_pz.checkpoint.unfinished import UnfinishedFolder
 from megatron_pz.errors import CheckpointError, DiskError, MegatronPZError, ModelError
 from megatron_pz.models.folder import read_hf_config
@@ -37,6 +38,7 @@ HF = "hf"
 GIB = 1024**3
 VOCABULARY_DIVISOR = 8  # as `model.make_vocab_size_divisible_by`; a layout that pads further still loads it
 FP8 = "fp8_blockwise"
+Broken = TypeVar("Broken", DigestedFile, TensorFile)
 
 Advance = Callable[[int], None]
 """Told the bytes that were done."""
@@ -68,21 +70,21 @@ def to_megatron(
     task = {"source": str(source.resolve()), "files": _stamps(source), "dtype": str(dtype), "split": max_file_bytes}
     output = UnfinishedFolder(destination, {"to": "megatron", **task})
     (output.folder / SHARDS).mkdir(exist_ok=True)
-    groups = _groups(model.parameters, lambda one: _hf_bytes(one, dtype or _first_dtype(reader, model)), max_file_bytes)
+    tensors, first = MappedTensors(reader), dtype or _first_dtype(reader, model)
+    groups = _groups(model.parameters, lambda one: _hf_bytes(one, first), max_file_bytes)
     with closing(output), _told_disk(destination):
         for number, group in enumerate(groups):
             name = f"{SHARDS}/__0_{number}.distcp"
             if number < len(output.files):
                 advance(output.files[number].bytes)
                 continue
-            with (output.folder / name).open("wb") as file:
+            with _closed_if_broken(DigestedFile(output.folder / name)) as file:
                 facts = [write_object(file, key) for key in model.objects] if number == 0 else []
                 for parameter in group:
-                    for place, piece in parameter.cut(_from_hf(parameter, reader, dtype)):
+                    for place, piece in _pieces(parameter, tensors, dtype):
                         facts.append(write_piece(file, place, piece))
                         advance(piece.nbytes)
-                sync(file)
-            output.add(name, facts)
+            output.add(name, file.finish, facts)
         files = output.settle()
         write_index(output.folder / SHARDS, {Path(file.name).name: file.holds for file in files})
         copy_settings(source, output.folder / HF)
@@ -126,7 +128,7 @@ def to_hf(
     groups = _groups(model.parameters, lambda one: _spec_bytes(specs[id(one)]), max_file_bytes)
     weight_map: dict[str, str] = {}
     total = 0
-    with closing(output), closing(reader), _told_disk(destination):
+    with closing(output), _told_disk(destination):
         for number, group in enumerate(groups):
             name = SINGLE if len(groups) == 1 else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
             wanted = [spec for one in group for spec in specs[id(one)]]
@@ -135,13 +137,12 @@ def to_hf(
             if number < len(output.files):
                 advance(output.files[number].bytes)
                 continue
-            file = TensorFile(output.folder / name, wanted)
-            for parameter in group:
-                for key, tensor in _encoded(parameter, _joined(parameter, reader), encode):
-                    file.add(key, tensor)
-                    advance(tensor.nbytes)
-            file.close()
-            output.add(name, None)
+            with _closed_if_broken(TensorFile(output.folder / name, wanted)) as file:
+                for parameter in group:
+                    for key, tensor in _written(parameter, reader, encode):
+                        file.add(key, tensor)
+                        advance(tensor.nbytes)
+            output.add(name, file.finish, None)
         output.settle()
         copy_settings(hf_dir, output.folder)
         first = next(iter(specs[id(model.parameters[0])]))[1]
@@ -162,22 +163,18 @@ def differences(
     advance: Advance = lambda _: None,
 ) -> list[str]:
     """Names of the tensors in which the output is not, bit for bit, what the source makes it."""
-    model, reader, pieces = (
-        skeleton(read_hf_config(hf_dir), VOCABULARY_DIVISOR),
-        TensorReader(hf_dir),
-        PieceReader(checkpoint / SHARDS),
-    )
+    model = skeleton(read_hf_config(hf_dir), VOCABULARY_DIVISOR)
+    tensors, pieces = MappedTensors(TensorReader(hf_dir)), PieceReader(checkpoint / SHARDS)
     found = []
-    with closing(pieces):
-        for one in model.parameters:
-            saved = _joined(one, pieces)
-            if is_source_hf:
-                assert not isinstance(dtype, str)
-                pairs = [(one.shard.hf_names[0], saved, _from_hf(one, reader, dtype))]
-            else:
-                pairs = [(name, value, reader.read(name)) for name, value in _encoded(one, saved, encoder(dtype))]
-            found += [name for name, a, b in pairs if a.dtype != b.dtype or not torch.equal(_bits(a), _bits(b))]
-            advance(sum(b.nbytes for _, _, b in pairs))
+    for one in model.parameters:
+        saved = _joined(one, pieces)
+        if is_source_hf:
+            assert not isinstance(dtype, str)
+            pairs = [(one.shard.hf_names[0], saved, _from_hf(one, tensors, dtype))]
+        else:
+            pairs = [(name, value, tensors.read(name)) for name, value in _encoded(one, saved, encoder(dtype))]
+        found += [name for name, a, b in pairs if a.dtype != b.dtype or not torch.equal(_bits(a), _bits(b))]
+        advance(sum(b.nbytes for _, _, b in pairs))
     return found
 
 
@@ -239,7 +236,27 @@ def _check_checkpoint(source: Path, reader: PieceReader, model: Skeleton) -> Non
         raise CheckpointError(f"{source}: the parameters do not fit config.json; {'; '.join(faults)}.")
 
 
-def _from_hf(parameter: Parameter, reader: TensorReader, dtype: torch.dtype | None) -> Tensor:
+def _pieces(parameter: Parameter, tensors: MappedTensors, dtype: torch.dtype | None) -> Iterable[tuple[Place, Tensor]]:
+    """What stands in a checkpoint for a parameter."""
+    if not parameter.is_saved_as_hf:
+        return parameter.cut(_from_hf(parameter, tensors, dtype))
+    found = [
+        (place, tensors.read(name)) for place, name in zip(parameter.places(), parameter.shard.hf_names, strict=True)
+    ]
+    return [(place, (one if dtype is None else one.to(dtype)).reshape(place.shape)) for place, one in found]
+
+
+def _written(parameter: Parameter, reader: PieceReader, encode: Encode) -> Iterator[tuple[str, Tensor]]:
+    """What stands in a Hugging Face folder for a parameter."""
+    if not parameter.is_saved_as_hf:
+        yield from _encoded(parameter, _joined(parameter, reader), encode)
+        return
+    shapes = parameter.shard.hf_shapes()
+    for place, name, shape in zip(parameter.places(), parameter.shard.hf_names, shapes, strict=True):
+        yield from encode(name, reader.read(place).reshape(shape))
+
+
+def _from_hf(parameter: Parameter, reader: MappedTensors, dtype: torch.dtype | None) -> Tensor:
     value = parameter.from_hf([reader.read(name) for name in parameter.shard.hf_names])
     return value if dtype is None else value.to(dtype)
 
@@ -296,6 +313,16 @@ def _stamps(folder: Path) -> list[list[Any]]:
 def _bits(tensor: Tensor) -> Tensor:
     """For comparison: NaN equals itself, and zero is not minus zero."""
     return tensor.contiguous().view(torch.uint8)
+
+
+@contextmanager
+def _closed_if_broken(file: Broken) -> Iterator[Broken]:
+    """`file`, open if all went well."""
+    try:
+        yield file
+    except BaseException:
+        file.close()
+        raise
 
 
 class _told_disk:

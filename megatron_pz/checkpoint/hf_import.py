@@ -73,6 +73,10 @@ class TensorReader:
         if faults:
             raise ModelError(f"{self.folder}: the weights do not fit config.json; {'; '.join(faults)}.")
 
+    def file_of(self, name: str) -> Path:
+        """Where a tensor stands."""
+        return self._file_of[name]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Of one tensor; its numbers are not read."""
         return tuple(self._handle(self._file_of[name]).get_slice(name).get_shape())

@@ -12,12 +12,13 @@ import os
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_pz.checkpoint.digested import DigestedFile, MappedFile, exact
 from megatron_pz.checkpoint.places import Place
 from megatron_pz.errors import CheckpointError
 
@@ -38,35 +40,32 @@ Fact = list[Any]
 """Of a piece, as JSON: key, offset, shape, whole shape, dtype, first byte, bytes; of an object, with None from offset on."""
 
 
-def write_piece(file: BinaryIO, place: Place, value: Tensor) -> Fact:
+def write_piece(file: BinaryIO | DigestedFile, place: Place, value: Tensor) -> Fact:
     """Append `value`, in host memory, to `file`; what has to be known of it."""
     start = file.tell()
-    _save(_alone(value), file)
+    value = exact(value.detach())
+    if isinstance(file, DigestedFile):
+        file.lent = value.reshape(-1).view(torch.uint8).numpy()
+    _save(value, file)
+    if isinstance(file, DigestedFile):
+        file.lent = None
     dtype = str(value.dtype).removeprefix("torch.")
     return [place.key, [*place.offset], [*place.shape], [*place.whole], dtype, start, file.tell() - start]
 
 
-def write_object(file: BinaryIO, key: str, value: Any = None) -> Fact:
+def write_object(file: BinaryIO | DigestedFile, key: str, value: Any = None) -> Fact:
     """Append the object `key` as Megatron saves one. (A converted checkpoint knows nothing of it.)"""
     start = file.tell()
     _save([value], file)
     return [key, None, None, None, None, start, file.tell() - start]
 
 
-def _alone(value: Tensor) -> Tensor:
-    """`value` with a storage of its own length, which is what `torch.save` writes; contiguous numbers are not copied."""
-    value = value.detach().contiguous()
-    if value.untyped_storage().nbytes() == value.nbytes:
-        return value
-    return torch.from_numpy(value.reshape(-1).view(torch.uint8).numpy()).view(value.dtype).view(value.shape)
-
-
-def _save(thing: Any, file: BinaryIO) -> None:
+def _save(thing: Any, file: BinaryIO | DigestedFile) -> None:
     """`torch.save` without CRC sums, which take seven times as long as the rest: the manifest has a digest of the file."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
-        torch.save(thing, file)
+        torch.save(thing, cast("IO[bytes]", file))
     finally:
         torch.serialization.set_crc32_options(before)
 
@@ -112,7 +111,7 @@ class PieceReader:
                 f"{folder / METADATA} cannot be read ({error}); it is no distributed checkpoint."
             ) from error
         self.folder = folder
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[str, MappedFile] = {}
         self._grids: dict[str, _Grid] = {}
         self._last: tuple[MetadataIndex, Tensor] | None = None
 
@@ -164,25 +163,29 @@ class PieceReader:
         return torch.zeros(place.shape, dtype=self.dtype(place.key)) if value is None else value
 
     def close(self) -> None:
-        """Close the files."""
-        for file in self._files.values():
-            file.close()
+        """Let go of the files; tensors that were read keep what they need."""
+        self._files.clear()
+        self._last = None
 
     def _piece(self, key: str, offset: tuple[int, ...]) -> Tensor:
         index = MetadataIndex(key, torch.Size(offset))
         if self._last is not None and self._last[0] == index:  # boxes that follow one another are often of one piece
             return self._last[1]
         stored = self._storage[index]
+        path = self.folder / stored.relative_path
         try:
             if stored.relative_path not in self._files:
-                self._files[stored.relative_path] = (self.folder / stored.relative_path).open("rb")
+                self._files[stored.relative_path] = MappedFile(path)
             file = self._files[stored.relative_path]
-            file.seek(stored.offset)
-            piece: Tensor = torch.load(io.BytesIO(file.read(stored.length)), weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise CheckpointError(
-                f"{self.folder / stored.relative_path} is damaged where {key} stands: {error}."
-            ) from error
+            # A tensor that only knows where its numbers are: `torch.load` would copy them twice.
+            with FakeTensorMode():
+                part = _Part(file.part(stored.offset, stored.length))
+                known = torch.load(cast("IO[bytes]", part), weights_only=True)
+            start = stored.offset + known.untyped_storage()._checkpoint_offset
+            numbers = file.tensor(start, known.dtype, (known.untyped_storage().nbytes() // known.itemsize,))
+        except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise CheckpointError(f"{path} is damaged where {key} stands: {error}.") from error
+        piece = numbers.as_strided(known.shape, known.stride(), known.storage_offset())
         self._last = (index, piece)
         return piece
 
@@ -207,10 +210,30 @@ class _Grid:
         ]
 
 
-def sync(file: BinaryIO) -> None:
-    """Have everything of `file` on disk."""
-    file.flush()
-    os.fsync(file.fileno())
+class _Part(io.RawIOBase):
+    """Bytes as a file."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data, self._at = data, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: len(self._data)}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        found = self._data[self._at : self._at + len(buffer)]
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
 
 
 def _overlap(place: Place, offset: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:

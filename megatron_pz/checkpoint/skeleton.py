@@ -7,6 +7,7 @@ Hugging Face tensors it is made of. Both are asked of the trainer's own model, b
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor
 from megatron_pz.checkpoint.places import Place, Saved, place_of, sharded_pieces
 from megatron_pz.config.schema import Config, ModelConfig
 from megatron_pz.models.family import HfConfig
+from megatron_pz.models.names import Direct, Experts, GatedMLP, Vocabulary
 from megatron_pz.models.policy import build_policy
 from megatron_pz.models.shards import Shard, shards_of
 from megatron_pz.platform.meta import MetaPlatform, on_meta
@@ -36,6 +38,17 @@ class Parameter:
     def places(self) -> list[Place]:
         """Where its pieces stand in a checkpoint."""
         return [place_of(piece) for piece in sharded_pieces(self.saved)]
+
+    @property
+    def is_saved_as_hf(self) -> bool:
+        """Whether its pieces are its Hugging Face tensors, in their order: none needs to be put together."""
+        mapping = self.shard.entry.mapping
+        mapping = mapping.inner if isinstance(mapping, Experts) else mapping
+        sizes = [math.prod(shape) for shape in self.shard.hf_shapes()]
+        return (
+            isinstance(mapping, Direct | GatedMLP | Vocabulary)
+            and [math.prod(one.shape) for one in self.places()] == sizes
+        )
 
     def cut(self, value: Tensor) -> list[tuple[Place, Tensor]]:
         """`value` of the whole parameter as its pieces, in the shapes of their places."""

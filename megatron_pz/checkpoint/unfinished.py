@@ -46,7 +46,7 @@ class UnfinishedFolder:
             raise DiskError(f"{final} exists already. Remove it, or choose another name for the output.")
         self.final, self.folder = final, final.with_name(f".tmp-{final.name}")
         self.files = self._kept(dict(task))
-        self._hasher = ThreadPoolExecutor(1)  # beside the next file's writing
+        self._finisher = ThreadPoolExecutor(1)  # beside the next file's writing
         self._pending: list[Future[WholeFile]] = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -60,9 +60,15 @@ class UnfinishedFolder:
         except OSError as error:
             raise DiskError(f"{self.folder} cannot be written: {error.strerror}.") from error
 
-    def add(self, name: str, holds: Any) -> None:
-        """`name` is whole and on disk."""
-        self._pending.append(self._hasher.submit(self._note, name, holds))
+    def add(self, name: str, finish: Callable[[], str], holds: Any) -> None:
+        """`name` is written, and whole once `finish`, which gives its digest, has brought it to disk.
+
+        What failed to finish is told at the next call.
+        """
+        for pending in self._pending:
+            if pending.done():
+                pending.result()
+        self._pending.append(self._finisher.submit(self._note, name, finish, holds))
 
     def settle(self) -> list[WholeFile]:
         """All whole files; waits for the digests."""
@@ -84,12 +90,12 @@ class UnfinishedFolder:
 
     def close(self) -> None:
         """Stop; what is whole stays for the next time."""
-        self._hasher.shutdown()
+        self._finisher.shutdown()
         self._log.close()
 
-    def _note(self, name: str, holds: Any) -> WholeFile:
-        path = self.folder / name
-        file = WholeFile(name, path.stat().st_size, sha256(path), holds)
+    def _note(self, name: str, finish: Callable[[], str], holds: Any) -> WholeFile:
+        digest = finish()
+        file = WholeFile(name, (self.folder / name).stat().st_size, digest, holds)
         self._write(json.dumps(asdict(file)) + "\n")
         return file
 

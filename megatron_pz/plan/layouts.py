@@ -210,6 +210,22 @@ class Planner:
                 f"optimizer state; there are {assumed.host_memory_gib:.0f}. Use --no-async-save"
             )
 
+    def recomputing(self, config: Config) -> list[Plan]:
+        """The same layout with nothing, the core attention and everything recomputed, each with half, all and twice the tokens."""
+        kept = {name: value for name, value in config.transformer.items() if name not in RECOMPUTE}
+        budget = config.train.max_tokens_per_micro_batch
+        return [
+            self.plan(
+                dataclasses.replace(
+                    config,
+                    transformer=kept | mode,
+                    train=dataclasses.replace(config.train, max_tokens_per_micro_batch=tokens),
+                )
+            )
+            for mode in ({}, {"recompute_granularity": "selective"}, FULL)
+            for tokens in (budget // 2, budget, 2 * budget)
+        ]
+
     def propose(self) -> list[Plan]:
         """Layouts that divide and fit: the nearest first, and of equally near ones the fastest.
 

@@ -9,11 +9,16 @@ from megatron_pz.plan.layouts import RECOMPUTE, Machines, Plan
 from megatron_pz.plan.memory import longest_row
 
 
-def report(plan: Plan, machines: Machines) -> str:
-    """The plan, part by part."""
+def report(plan: Plan, machines: Machines, others: Sequence[Plan] = ()) -> str:
+    """The plan, part by part.
+
+    Args:
+        others: the same layout under other budgets and recomputation.
+    """
     parts = [
         _head(plan, machines),
         _memory(plan, machines),
+        _recomputed(others),
         _server(plan, machines),
         _wires(plan),
         _time(plan, machines),
@@ -112,6 +117,17 @@ def _memory(plan: Plan, machines: Machines) -> str:
         lines.append(f"host memory of a node for optimizer state: {plan.host_gib:.0f} GiB")
     lines.append(plan.saves.line())
     return "\n".join(lines)
+
+
+def _recomputed(plans: Sequence[Plan]) -> str:
+    budgets = sorted({longest_row(plan.config) for plan in plans})
+    rows: list[tuple[str, ...]] = [("GiB of activations and head by tokens", *map(str, budgets))]
+    by_mode: dict[str, dict[int, str]] = {}
+    for plan in plans:
+        size = max(memory.activations + memory.head for memory in plan.memories) / GIB
+        by_mode.setdefault(recomputation(plan), {})[longest_row(plan.config)] = f"{size:.2f}"
+    rows += [(f"recomputed: {mode}", *(found[budget] for budget in budgets)) for mode, found in by_mode.items()]
+    return "\n".join(_aligned(rows)) if plans else ""
 
 
 def _server(plan: Plan, machines: Machines) -> str:

@@ -36,6 +36,18 @@ def test_the_demo_fits_a_laptop(tool, capsys):
     assert "layers of plain torch" in capsys.readouterr().out
 
 
+def test_activations_are_told_by_recomputation_and_by_budget(tool, capsys):
+    example = str(ROOT / "examples" / "pretrain_zero_qwen3_8b.toml")
+    assert tool.main([example, "--world-size", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(index for index, line in enumerate(lines) if line.startswith("GiB of activations and head by tokens"))
+    assert lines[at].split()[-3:] == ["8192", "16384", "32768"]
+    nothing, core, full = ([float(value) for value in line.split()[-3:]] for line in lines[at + 1 : at + 4])
+    assert nothing[0] > core[0] > full[0]
+    for half, given, twice in (nothing, core, full):
+        assert half < given < twice
+
+
 def test_a_layout_that_does_not_fit_gets_others_as_flags_that_fit(tool, capsys):
     example = str(ROOT / "examples" / "pretrain_zero_30b_1node.toml")
     assert tool.main([example, "--world-size", "8", "--expert-model-parallel-size", "1"]) == 1

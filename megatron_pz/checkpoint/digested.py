@@ -1,0 +1,116 @@
+"""Files whose digest is made while they are written, and files whose numbers are used where they stand.
+
+A conversion is bound by its digests and by what it costs to touch fresh memory: one thread writes and another hashes the same
+bytes, and a tensor that only moves from one file to another is never copied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import mmap
+import os
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BEHIND = 256 * 1024**2
+"""Bytes that the digest may be behind the writing, and mapped bytes that stay in memory."""
+
+
+class DigestedFile:
+    """A new file, open for writing. `write` and `flush` are what `torch.save` asks for."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb", buffering=0)
+        self._digest = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1)
+        self._waiting: deque[tuple[Future[None], int]] = deque()
+        self._behind = 0
+        self.lent: np.ndarray | None = None  # memory that stays as it is: bytes of it are not copied for the digest
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Append `data`; its length in bytes."""
+        found, lent = np.frombuffer(data, np.uint8), self.lent
+        is_lent = lent is not None and (found.ctypes.data, found.nbytes) == (lent.ctypes.data, lent.nbytes)
+        kept = lent.data if lent is not None and is_lent else memoryview(found.tobytes())
+        self._waiting.append((self._hasher.submit(self._digest.update, kept), len(kept)))
+        self._behind += len(kept)
+        rest = memoryview(data).cast("B")
+        while rest:
+            rest = rest[self._file.write(rest) :]
+        while self._behind > BEHIND and len(self._waiting) > 1 or len(self._waiting) > 1 and self._waiting[0][0].done():
+            self._settle_first()
+        return len(kept)
+
+    def write_tensor(self, value: Tensor) -> None:
+        """Append the numbers of `value`, which must not change afterwards."""
+        self.lent = exact(value).reshape(-1).view(torch.uint8).numpy()
+        self.write(self.lent.data)
+        self.lent = None
+
+    def tell(self) -> int:
+        """Bytes written."""
+        return self._file.tell()
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def finish(self) -> str:
+        """Have everything on disk, and close; the SHA-256."""
+        try:
+            os.fsync(self._file.fileno())
+            while self._waiting:
+                self._settle_first()
+        finally:
+            self.close()
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """Stop, whether complete or not."""
+        self._hasher.shutdown()
+        self._file.close()
+
+    def _settle_first(self) -> None:
+        future, size = self._waiting.popleft()
+        future.result()
+        self._behind -= size
+
+
+class MappedFile:
+    """A file's numbers as tensors that share its pages. Few of the pages stay in memory."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._map.madvise(mmap.MADV_SEQUENTIAL)
+        self._touched = 0
+
+    def tensor(self, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+        """What stands at byte `offset`; to be read only."""
+        count = math.prod(shape)
+        if not count:
+            return torch.empty(*shape, dtype=dtype)
+        self._touched += count * dtype.itemsize
+        if self._touched > BEHIND:
+            # Pages of tensors still in use come back from the file when they are read.
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._touched = count * dtype.itemsize
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).reshape(*shape)
+
+    def part(self, offset: int, length: int) -> memoryview:
+        """Bytes from `offset` on, without a copy."""
+        return memoryview(self._map)[offset : offset + length]
+
+
+def exact(value: Tensor) -> Tensor:
+    """`value` contiguous, with a storage of its own size: `torch.save` writes a storage as a whole."""
+    value = value.contiguous()
+    if value.untyped_storage().nbytes() == value.nbytes or not value.numel():
+        return value
+    return torch.from_numpy(value.reshape(-1).view(torch.uint8).numpy()).view(value.dtype).reshape(value.shape)

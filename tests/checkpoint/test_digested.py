@@ -1,0 +1,50 @@
+"""Digests made beside the writing are those of the file; mapped numbers are the file's (checkpoint/digested.py)."""
+
+import hashlib
+
+import pytest
+import torch
+
+from megatron_pz.checkpoint import digested
+from megatron_pz.checkpoint.digested import DigestedFile, MappedFile, exact
+
+
+def test_the_digest_is_that_of_the_file_however_its_bytes_came(tmp_path, monkeypatch):
+    monkeypatch.setattr(digested, "BEHIND", 100)  # the digest is waited for
+    file = DigestedFile(tmp_path / "a")
+    buffer = bytearray(b"changed after it was written")
+    file.write(memoryview(buffer))
+    buffer[:] = bytes(len(buffer))
+    for size in (0, 7, 1000):
+        file.write_tensor(torch.arange(size, dtype=torch.float32))
+    assert file.tell() == 28 + 4 * 1007
+    told = file.finish()
+    written = (tmp_path / "a").read_bytes()
+    assert written.startswith(b"changed after it was written") and len(written) == 28 + 4 * 1007
+    assert told == hashlib.sha256(written).hexdigest()
+
+
+def test_a_broken_file_is_closed_without_a_digest(tmp_path):
+    file = DigestedFile(tmp_path / "a")
+    file.write(b"half")
+    file.close()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        file.write(b"more")
+
+
+def test_mapped_numbers_may_stand_at_odd_places_and_outlive_their_pages(tmp_path, monkeypatch):
+    monkeypatch.setattr(digested, "BEHIND", 8)  # every second tensor lets go of the pages of the one before
+    values = torch.arange(12, dtype=torch.float32)
+    (tmp_path / "a").write_bytes(b"x" + values.numpy().tobytes())
+    mapped = MappedFile(tmp_path / "a")
+    first, second = mapped.tensor(1, torch.float32, (2, 3)), mapped.tensor(25, torch.float32, (6,))
+    assert torch.equal(first, values[:6].reshape(2, 3)) and torch.equal(second, values[6:])
+    assert mapped.tensor(3, torch.bfloat16, (0, 4)).shape == (0, 4)
+    assert bytes(mapped.part(0, 1)) == b"x"
+
+
+def test_a_part_of_a_tensor_gets_a_storage_of_its_own_size():
+    whole = torch.arange(10, dtype=torch.bfloat16)
+    part = exact(whole[4:8].reshape(2, 2))
+    assert torch.equal(part, whole[4:8].reshape(2, 2)) and part.untyped_storage().nbytes() == 8
+    assert part.data_ptr() == whole[4:].data_ptr()
