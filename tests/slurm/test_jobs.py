@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -40,45 +41,13 @@ def without_clock(run_dir):
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows(run_dir)]
 
 
-@pytest.mark.timeout(900)  # three starts of two ranks, and Slurm's own waits
-def test_a_job_of_two_nodes_is_queued_again_twice_and_ends_with_the_numbers_of_an_undisturbed_run(slurm, place):
-    folder, run_dir, whole = place[0], place[0] / "run", place[0] / "whole"
-    out = folder / "job.out"
-
-    def told():
-        return out.read_text(errors="replace")[-5000:] + slurm.told()
-
-    job = slurm.submit(
-        "--nodes=2", f"--output={out}", str(SCRIPTS / "train.sbatch"), *flags(place, run_dir), **VARIABLES
-    )
-    # The time limit is near, as Slurm would say it: in the middle, not at a checkpoint's step.
-    wait_until(lambda: num_rows(run_dir) >= 2, 240, told)  # one row a step, from step 0
-    slurm.call("scancel", "--signal=USR1", "--batch", job)
-    wait_until(lambda: slurm.job(job)["Restarts"] == "1", 120, told)
-    stopped_after = int(rows(run_dir)[-1]["step"])
-    assert checkpoints(run_dir)[-1] == f"step_{stopped_after:06d}" and stopped_after < STEPS
-    assert f"stopped by SIGUSR1 after step {stopped_after}" in told() and "saved before the time limit" in told()
-
-    # It runs again, and a node is lost.
-    wait_until(lambda: num_rows(run_dir) > stopped_after + 1, 240, told)
-    slurm.kill_node("n2")
-    wait_until(lambda: slurm.job(job)["Restarts"] == "2", 120, told)
-    assert num_rows(run_dir) < STEPS + 1
-    # A machine that comes back at once would get what Slurm has to say of the job's last run, in its next one.
-    wait_until(lambda: any("down" in state for state in slurm.states()), 120, told)
-    slurm.start_node("n2")
-
-    undisturbed = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "megatron_pz",
-    ]
+@pytest.fixture(scope="module")
+def whole(slurm, place):
+    """The run directory of the same run, of two ranks, that nothing disturbs."""
+    run_dir = place[0] / "whole"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "megatron_pz"]
     done = subprocess.run(
-        [*undisturbed, VARIABLES["CONFIG"], *flags(place, whole)],
+        [*launch, VARIABLES["CONFIG"], *flags(place, run_dir)],
         env=slurm.env | VARIABLES,
         cwd=ROOT,
         capture_output=True,
@@ -86,12 +55,62 @@ def test_a_job_of_two_nodes_is_queued_again_twice_and_ends_with_the_numbers_of_a
         timeout=240,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    slurm.wait(job, "COMPLETED", told=told)
-    assert "continuing after step" in told()
-    assert without_clock(run_dir) == without_clock(whole)  # to the last bit
-    assert (run_dir / "rollouts.jsonl").read_text() == (whole / "rollouts.jsonl").read_text()
-    assert [row["step"] for row in rows(run_dir)] == list(range(STEPS + 1))
-    assert any(row.get("loss") for row in rows(run_dir)), "no step learned anything"
+    return run_dir
+
+
+class Submitted:
+    """A job of two nodes, of the script of this project, and what it has said."""
+
+    def __init__(self, slurm, place, name):
+        self.slurm, self.run_dir, self.out = slurm, place[0] / name, place[0] / f"{name}.out"
+        script = str(SCRIPTS / "train.sbatch")
+        self.number = slurm.submit(
+            "--nodes=2", f"--output={self.out}", script, *flags(place, self.run_dir), **VARIABLES
+        )
+
+    def told(self):
+        return self.out.read_text(errors="replace")[-5000:] + self.slurm.told()
+
+    def restarted(self, times):
+        wait_until(lambda: self.slurm.job(self.number)["Restarts"] == str(times), 240, self.told)
+
+    def ends_with_the_numbers_of(self, whole):
+        self.slurm.wait(self.number, "COMPLETED", told=self.told)
+        assert "continuing after step" in self.told()
+        assert without_clock(self.run_dir) == without_clock(whole)  # to the last bit
+        assert (self.run_dir / "rollouts.jsonl").read_text() == (whole / "rollouts.jsonl").read_text()
+        assert [row["step"] for row in rows(self.run_dir)] == list(range(STEPS + 1))
+        assert any(row.get("loss") for row in rows(self.run_dir)), "no step learned anything"
+
+
+@pytest.mark.timeout(900)
+def test_a_job_near_its_time_limit_is_queued_again_and_ends_with_the_numbers_of_an_undisturbed_run(slurm, place, whole):
+    job = Submitted(slurm, place, "stopped")
+    # The time limit is near, as Slurm would say it: in the middle, not at a checkpoint's step.
+    wait_until(lambda: num_rows(job.run_dir) >= 2, 240, job.told)  # one row a step, from step 0
+    slurm.call("scancel", "--signal=USR1", "--batch", job.number)
+    job.restarted(1)
+    stopped_after = int(rows(job.run_dir)[-1]["step"])
+    assert checkpoints(job.run_dir)[-1] == f"step_{stopped_after:06d}" and stopped_after < STEPS
+    assert (
+        f"stopped by SIGUSR1 after step {stopped_after}" in job.told() and "saved before the time limit" in job.told()
+    )
+    job.ends_with_the_numbers_of(whole)
+
+
+@pytest.mark.timeout(900)
+def test_a_job_that_loses_a_node_is_queued_again_and_ends_with_the_numbers_of_an_undisturbed_run(slurm, place, whole):
+    job = Submitted(slurm, place, "robbed")
+    wait_until(lambda: num_rows(job.run_dir) >= 5, 240, job.told)  # a checkpoint is there, of step 3
+    slurm.kill_node("n2")
+    killed = time.monotonic()
+    job.restarted(1)
+    assert num_rows(job.run_dir) < STEPS + 1
+    # Slurm tells a node once more, after 60 s, to end what ran there: one that were back by then would end the job's next start,
+    # which has the same number. No machine is back so soon.
+    wait_until(lambda: time.monotonic() > killed + 90, 120)
+    slurm.start_node("n2")
+    job.ends_with_the_numbers_of(whole)
 
 
 def test_a_job_that_fails_is_not_queued_again(slurm, place):
