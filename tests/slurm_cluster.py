@@ -22,7 +22,7 @@ from pathlib import Path
 from megatron_pz.engine.sglang.fleet import free_port
 
 ROOT = Path(__file__).parents[1]
-NODES = ("n1", "n2")
+NODES = ("n1", "n2", "n3")  # jobs take two
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 CONF = """\
 ClusterName=test
