@@ -114,7 +114,6 @@ def test_a_killed_rank_costs_a_restart_and_changes_no_number(tmp_path, started):
     wait_until(lambda: num_rows(killed) >= 3, process, killed)  # after the checkpoint of step 2
     first = of_start(killed, 0)
     assert sorted(first) == [0, 1]
-    assert len(first[0]) > 1, "a process through which checkpoints are written"
     os.kill(rank_process(process, 0), signal.SIGKILL)
     wait_until(lambda: len(of_start(killed, 1)) == 2, process, killed)
     left = {pid for rank in of_start(killed, 0).values() for pid in rank}
