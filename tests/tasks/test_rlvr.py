@@ -169,7 +169,7 @@ def test_questions_are_read_as_webinstruct_verified_has_them(tmp_path):
     with pytest.raises(CorpusError, match=r"q\.jsonl:2: no question or answer"):
         read_questions(tmp_path)
     found, counts = read_questions(tmp_path, skip_bad_lines=True)
-    assert found == [Paragraph("q:1", "a", answer="2"), Paragraph("7", "How many?", "Maths", "", "3")]
+    assert found == [Paragraph("q:1", "a", answer="2"), Paragraph("7", "How many?", "Maths", answer="3")]
     assert counts == {"read": 2, "no_question_or_answer": 1}
 
 
