@@ -1,6 +1,6 @@
-"""A tiny Qwen3 with its optimizer in one process, for tests of what is saved.
+"""A tiny Qwen3 with its optimizer in one process, and samples of both roles for it.
 
-from small_trainer import losses, new_trainer, save, weights
+from small_trainer import SAMPLES, TINY, losses, new_trainer, save, weights
 """
 
 from dataclasses import replace
@@ -15,6 +15,7 @@ PLATFORM = select_platform("cpu")  # before Megatron is imported
 from megatron_pz.batch.schedule import plan_update  # noqa: E402
 from megatron_pz.train.model import build_model  # noqa: E402
 from megatron_pz.train.step import Trainer  # noqa: E402
+from megatron_pz.types import Role  # noqa: E402
 
 TINY = {
     "model_type": "qwen3",
@@ -31,6 +32,11 @@ TINY = {
     "max_position_embeddings": 64,
     "initializer_range": 0.1,
 }
+SAMPLES = [
+    sample((5, 9, 20), (7, 1), role=Role.GENERATOR, advantage=1.0),
+    sample((5, 9), (11, 3, 1), advantage=-0.5),
+    sample((6, 2), (12, 1), advantage=0.5),
+]
 CONFIG = Config(
     model=ModelConfig(init="random"),
     task=TaskConfig(task="continue_pt"),

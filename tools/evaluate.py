@@ -33,13 +33,13 @@ from megatron_pz.config.load import load_config
 from megatron_pz.config.schema import Config
 from megatron_pz.corpus.tokenizer import load_tokenizer
 from megatron_pz.engine.openai_url import OpenAIServers
+from megatron_pz.engine.sglang.attached import attached
 from megatron_pz.engine.sglang.specs import read_key, server_urls
 from megatron_pz.errors import CheckpointError, ConfigError, MegatronPZError
 from megatron_pz.evaluate.examine import Examination, Progress, examine, prepare
 from megatron_pz.evaluate.responses import Answer, Kept, engine_answer, url_answer
 from megatron_pz.evaluate.results import JSON_FILE, TABLE_FILE, Examined, write_results
 from megatron_pz.evaluate.score import SuiteScore
-from megatron_pz.evaluate.served import attached
 from megatron_pz.evaluate.suites.table import PAPER
 from megatron_pz.grade.judge import Judge
 from megatron_pz.models.folder import read_hf_config, resolve_folder

@@ -29,10 +29,8 @@ from megatron_pz.config.schema import Config
 from megatron_pz.corpus.cursor import Cursor
 from megatron_pz.corpus.playable import read_playable
 from megatron_pz.corpus.tokenizer import check_vocab, load_tokenizer
-from megatron_pz.engine.sglang.client import Client
-from megatron_pz.engine.sglang.fleet import AttachedFleet
-from megatron_pz.engine.sglang.pool import Pool
-from megatron_pz.engine.sglang.specs import context_length, read_key, server_urls
+from megatron_pz.engine.sglang.attached import attached
+from megatron_pz.engine.sglang.specs import context_length, server_urls
 from megatron_pz.errors import ConfigError, MegatronPZError
 from megatron_pz.game.prompts import Templates
 from megatron_pz.models.folder import read_hf_config, resolve_folder
@@ -73,35 +71,11 @@ async def _attached(config: Config) -> None:
     if not isinstance(task, Task):
         raise ConfigError(f"--task is {config.task.task}, in which nothing is generated: there is nothing to play.")
     paragraphs, _ = read_playable(config.corpus.data_path, config, tokenizer, task.prompt_ids)
-    key = read_key(config.sglang.api_key_file)
-    fleet = AttachedFleet(server_urls(config), key)
-    vocab_size, length = int(hf_config["vocab_size"]), context_length(config, hf_config)
-
     layers, experts = hf_config["num_hidden_layers"], hf_config.get("num_experts_per_tok")
     shape = (int(layers), int(experts)) if config.train.routing_replay and experts else None
-
-    def client(url: str) -> Client:
-        return Client(url, key, vocab_size=vocab_size, context_length=length, experts_shape=shape)
-
-    def tell(waited_s: float, line: str) -> None:
-        sys.stderr.write(f"waiting for {waited_s:.0f} s: {line}\n")
-
-    async def wait_for(server: int) -> None:
-        await fleet.restart(server, config.sglang.server_start_timeout_s, tell)
-
-    await fleet.wait_ready(config.sglang.server_start_timeout_s, tell)
-    clients = [client(url) for url in fleet.urls]
-    router = client(config.sglang.router_url) if config.sglang.router_url else None
-    pool = Pool(clients, config.engine.max_running_requests, config.sglang.request_timeout_s, router)
-    pool.on_lost = wait_for
-    try:
-        about = [await server.get("/model_info") for server in clients]
-        weights = sorted({f"{info['model_path']} version {info['weight_version']}" for info in about})
-        if len(weights) > 1:
-            raise ConfigError(f"--server-urls have different weights: {', '.join(weights)}. Give those of one model.")
-        await play(config, task, paragraphs, pool.generate, weights[0], _said)
-    finally:
-        await pool.close()
+    longest = context_length(config, hf_config)
+    async with attached(config, hf_config, longest, _waits, shape) as (generate, weights):
+        await play(config, task, paragraphs, generate, weights, _said)
 
 
 async def play(
@@ -148,6 +122,10 @@ async def play(
         await rounds.close()
         journal.close()
         writer.close()
+
+
+def _waits(line: str) -> None:
+    sys.stderr.write(line + "\n")
 
 
 def _said(line: str) -> None:

@@ -24,7 +24,10 @@ BEHIND = 256 * 1024**2
 
 
 class DigestedFile:
-    """A new file, open for writing. `write` and `flush` are what `torch.save` asks for."""
+    """A new file, open for writing. `write` and `flush` are what `torch.save` asks for.
+
+    What the disk refused first is kept in `fault`: torch's writer tells only that something failed.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=0)
@@ -32,6 +35,7 @@ class DigestedFile:
         self._hasher = ThreadPoolExecutor(1)
         self._waiting: deque[tuple[Future[None], int]] = deque()
         self._behind = 0
+        self.fault: OSError | None = None
         self.lent: np.ndarray | None = None  # memory that stays as it is: bytes of it are not copied for the digest
 
     def write(self, data: bytes | memoryview) -> int:
@@ -42,8 +46,12 @@ class DigestedFile:
         self._waiting.append((self._hasher.submit(self._digest.update, kept), len(kept)))
         self._behind += len(kept)
         rest = memoryview(data).cast("B")
-        while rest:
-            rest = rest[self._file.write(rest) :]
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self.fault = self.fault or error
+            raise
         while self._behind > BEHIND and len(self._waiting) > 1 or len(self._waiting) > 1 and self._waiting[0][0].done():
             self._settle_first()
         return len(kept)

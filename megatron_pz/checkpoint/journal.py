@@ -14,7 +14,6 @@ A run that was killed goes on from its last checkpoint, which may be several ste
 
 from __future__ import annotations
 
-import os
 import queue
 import re
 import threading
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_pz.checkpoint.completion_lines import completions, read_lines, request_key, to_row
+from megatron_pz.checkpoint.durable import sync_folder
 from megatron_pz.errors import DiskError
 from megatron_pz.report.jsonl import JsonLines
 from megatron_pz.types import Completion, Generate, Paragraph, SamplingParams
@@ -122,7 +122,7 @@ class Writer:
             finally:
                 file.close()
             if is_new:
-                _sync_folder(path.parent)
+                sync_folder(path.parent)
         except DiskError as error:
             self._error = error
         except OSError as error:
@@ -237,11 +237,3 @@ class CompletionJournal:
             DiskError: see `flush`.
         """
         self._writer.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -12,7 +12,7 @@ import os
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -40,27 +40,25 @@ Fact = list[Any]
 """Of a piece, as JSON: key, offset, shape, whole shape, dtype, first byte, bytes; of an object, with None from offset on."""
 
 
-def write_piece(file: BinaryIO | DigestedFile, place: Place, value: Tensor) -> Fact:
+def write_piece(file: DigestedFile, place: Place, value: Tensor) -> Fact:
     """Append `value`, in host memory, to `file`; what has to be known of it."""
     start = file.tell()
     value = exact(value.detach())
-    if isinstance(file, DigestedFile):
-        file.lent = value.reshape(-1).view(torch.uint8).numpy()
+    file.lent = value.reshape(-1).view(torch.uint8).numpy()
     _save(value, file)
-    if isinstance(file, DigestedFile):
-        file.lent = None
+    file.lent = None
     dtype = str(value.dtype).removeprefix("torch.")
     return [place.key, [*place.offset], [*place.shape], [*place.whole], dtype, start, file.tell() - start]
 
 
-def write_object(file: BinaryIO | DigestedFile, key: str, value: Any = None) -> Fact:
+def write_object(file: DigestedFile, key: str, value: Any = None) -> Fact:
     """Append the object `key` as Megatron saves one. (A converted checkpoint knows nothing of it.)"""
     start = file.tell()
     _save([value], file)
     return [key, None, None, None, None, start, file.tell() - start]
 
 
-def _save(thing: Any, file: BinaryIO | DigestedFile) -> None:
+def _save(thing: Any, file: DigestedFile) -> None:
     """`torch.save` without CRC sums, which take seven times as long as the rest: the manifest has a digest of the file."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)

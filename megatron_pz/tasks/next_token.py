@@ -23,7 +23,7 @@ from megatron_pz.tasks.base import Seed
 from megatron_pz.tasks.grouping import make_groups
 from megatron_pz.tasks.health import health
 from megatron_pz.tasks.pretrain_zero import predict_all
-from megatron_pz.tasks.together import together
+from megatron_pz.tasks.together import joined
 from megatron_pz.types import Generate, Group, Paragraph, Rollout, Tokenizer
 
 
@@ -37,10 +37,9 @@ class NextToken:
 
     async def play(self, paragraphs: Sequence[Paragraph], generate: Generate, seed: Seed) -> list[Rollout]:
         """Predictions by paragraph, then by token."""
-        played = await together(
+        return await joined(
             self.play_paragraph(paragraph, place, generate, seed) for place, paragraph in enumerate(paragraphs)
         )
-        return [rollout for of_paragraph in played for rollout in of_paragraph]
 
     async def play_paragraph(self, paragraph: Paragraph, place: int, generate: Generate, seed: Seed) -> list[Rollout]:
         """Its part of `play`, by token.
@@ -62,12 +61,11 @@ class NextToken:
             )
             for index in range(self.config.n_masks_per_paragraph)
         ]
-        groups = await together(
+        return await joined(
             predict_all(self.asker, mask, generate, seed, place, index)
             for index, mask in enumerate(masks)
             if mask is not None
         )
-        return [rollout for group in groups for rollout in group]
 
     def groups(self, rollouts: Sequence[Rollout], step: int) -> list[Group]:
         return make_groups(rollouts, self.config, step)

@@ -17,7 +17,7 @@ from megatron_pz.tasks.ask import Asker, Prompt, Proposal
 from megatron_pz.tasks.base import Seed
 from megatron_pz.tasks.grouping import make_groups
 from megatron_pz.tasks.health import health
-from megatron_pz.tasks.together import together
+from megatron_pz.tasks.together import joined, together
 from megatron_pz.types import Generate, Group, Mask, Paragraph, Role, Rollout, Tokenizer
 
 
@@ -35,11 +35,10 @@ class PretrainZero:
             CorpusError: a paragraph's mask prompt is longer than `max_prompt_tokens`.
         """
         prompts = [self.asker.checked_mask_prompt(paragraph) for paragraph in paragraphs]
-        played = await together(
+        return await joined(
             self._paragraph(paragraph, prompts[place], place, generate, seed)
             for place, paragraph in enumerate(paragraphs)
         )
-        return [rollout for of_paragraph in played for rollout in of_paragraph]
 
     async def play_paragraph(self, paragraph: Paragraph, place: int, generate: Generate, seed: Seed) -> list[Rollout]:
         """Its part of `play`, by mask."""
@@ -57,11 +56,10 @@ class PretrainZero:
     async def _paragraph(
         self, paragraph: Paragraph, prompt: Prompt, place: int, generate: Generate, seed: Seed
     ) -> list[Rollout]:
-        lines = await together(
+        return await joined(
             self._line(paragraph, prompt, generate, seed, place, index)
             for index in range(self.config.n_masks_per_paragraph)
         )
-        return [rollout for line in lines for rollout in line]
 
     async def _line(
         self, paragraph: Paragraph, prompt: Prompt, generate: Generate, seed: Seed, place: int, index: int

@@ -22,7 +22,7 @@ from megatron_pz.grade.general_verifier import right_answer_reward
 from megatron_pz.tasks.base import Seed
 from megatron_pz.tasks.grouping import make_groups
 from megatron_pz.tasks.health import health
-from megatron_pz.tasks.together import together
+from megatron_pz.tasks.together import joined, together
 from megatron_pz.tasks.verifiers import Verifier, make_verifier
 from megatron_pz.types import Generate, Group, Paragraph, Role, Rollout, SamplingParams, Tokenizer
 
@@ -59,10 +59,9 @@ class Rlvr:
 
     async def play(self, paragraphs: Sequence[Paragraph], generate: Generate, seed: Seed) -> list[Rollout]:
         """Answers by question."""
-        played = await together(
+        return await joined(
             self.play_paragraph(paragraph, place, generate, seed) for place, paragraph in enumerate(paragraphs)
         )
-        return [rollout for of_question in played for rollout in of_question]
 
     async def play_paragraph(self, paragraph: Paragraph, place: int, generate: Generate, seed: Seed) -> list[Rollout]:
         """Its part of `play`: one group."""

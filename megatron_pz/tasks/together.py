@@ -22,3 +22,8 @@ async def together(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
+
+
+async def joined(coroutines: Iterable[Coroutine[Any, Any, list[T]]]) -> list[T]:
+    """The lists that `coroutines` make, end to end in their order."""
+    return [item for part in await together(coroutines) for item in part]

@@ -6,43 +6,17 @@ A whole update of the real trainer runs under two nets (`tests/host_waits.py`); 
 from collections import Counter
 
 import pytest
-from builders import sample
+import torch
 from host_waits import host_waits
+from small_trainer import PLATFORM, SAMPLES, TINY  # selects the platform, before Megatron is imported
 
+from megatron_pz.batch.schedule import plan_update
 from megatron_pz.config.schema import Config, ModelConfig, TrainConfig
-from megatron_pz.platform.select import select_platform
+from megatron_pz.train import step as step_module
+from megatron_pz.train.model import build_model
+from megatron_pz.train.parallel import init_parallel, shutdown
+from megatron_pz.train.step import Trainer
 
-PLATFORM = select_platform("cpu")  # before Megatron is imported
-
-import torch  # noqa: E402
-
-from megatron_pz.batch.schedule import plan_update  # noqa: E402
-from megatron_pz.train import step as step_module  # noqa: E402
-from megatron_pz.train.model import build_model  # noqa: E402
-from megatron_pz.train.parallel import init_parallel, shutdown  # noqa: E402
-from megatron_pz.train.step import Trainer  # noqa: E402
-from megatron_pz.types import Role  # noqa: E402
-
-TINY = {
-    "model_type": "qwen3",
-    "vocab_size": 90,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.1,
-}
-SAMPLES = [
-    sample((5, 9, 20), (7, 1), role=Role.GENERATOR, advantage=1.0),
-    sample((5, 9), (11, 3, 1), advantage=-0.5),
-    sample((6, 2), (12, 1), advantage=0.5),
-]
 ALLOWED = {
     # Lengths of the batch's own array, before anything is copied to the device.
     "megatron_pz/platform/base.py:packed_seq_params",

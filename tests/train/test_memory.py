@@ -1,38 +1,18 @@
 """Engine and trainer on the same accelerator take turns with its memory (train/memory.py, Trainer.sleep and wake)."""
 
+import pytest
+import torch
 from builders import sample
+from small_trainer import PLATFORM, TINY  # selects the platform, before Megatron is imported
 
+from megatron_pz.batch.schedule import plan_update
 from megatron_pz.config.schema import Config, ModelConfig, TrainConfig
-from megatron_pz.platform.select import select_platform
-
-PLATFORM = select_platform("cpu")  # before Megatron is imported
-
-import pytest  # noqa: E402
-import torch  # noqa: E402
-
-from megatron_pz.batch.schedule import plan_update  # noqa: E402
-from megatron_pz.platform.cpu import CpuPlatform  # noqa: E402
-from megatron_pz.report.metrics import check  # noqa: E402
-from megatron_pz.train.memory import SharedMemory  # noqa: E402
-from megatron_pz.train.model import build_model  # noqa: E402
-from megatron_pz.train.parallel import init_parallel, shutdown  # noqa: E402
-from megatron_pz.train.step import Trainer  # noqa: E402
-
-TINY = {
-    "model_type": "qwen3",
-    "vocab_size": 90,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.1,
-}
+from megatron_pz.platform.cpu import CpuPlatform
+from megatron_pz.report.metrics import check
+from megatron_pz.train.memory import SharedMemory
+from megatron_pz.train.model import build_model
+from megatron_pz.train.parallel import init_parallel, shutdown
+from megatron_pz.train.step import Trainer
 
 
 @pytest.fixture(scope="module")

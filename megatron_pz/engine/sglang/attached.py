@@ -1,8 +1,8 @@
-"""A run's SGLang servers, attached to for an evaluation: no trainer, no torch."""
+"""SGLang servers that run already, asked without a trainer: to play, to evaluate."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,12 +17,17 @@ from megatron_pz.types import Generate
 
 @asynccontextmanager
 async def attached(
-    config: Config, hf_config: dict[str, Any], longest: int, tell: Callable[[str], None]
+    config: Config,
+    hf_config: Mapping[str, Any],
+    longest: int,
+    tell: Callable[[str], None],
+    experts_shape: tuple[int, int] | None = None,
 ) -> AsyncIterator[tuple[Generate, str]]:
     """(generate, name of the weights) over the servers that `config` names, which must all have the same weights.
 
     Args:
         longest: most tokens of prompt and response together.
+        experts_shape: (layers, experts a token) of the routed experts that are wanted beside the tokens; None: none are.
 
     Raises:
         ConfigError: the servers have different weights.
@@ -37,7 +42,9 @@ async def attached(
     await fleet.wait_ready(config.sglang.server_start_timeout_s, waiting)
 
     def client(url: str) -> Client:
-        return Client(url, key, vocab_size=int(hf_config["vocab_size"]), context_length=longest)
+        return Client(
+            url, key, vocab_size=int(hf_config["vocab_size"]), context_length=longest, experts_shape=experts_shape
+        )
 
     clients = [client(url) for url in fleet.urls]
     router = client(config.sglang.router_url) if config.sglang.router_url else None
