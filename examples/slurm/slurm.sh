@@ -104,3 +104,16 @@ train() { # command of a node's task
     await_end_of "$step"
     wait "$step" && finish 0 || finish $?
 }
+
+# Runs a tool that goes on where it was when it is called again, on one node.
+run_tool() { # command
+    local status
+    find_nodes "${SLURM_JOB_NODELIST:-}"
+    start_step 0 1 "$@"
+    [[ ${DRY_RUN:-0} != 1 ]] || exit 0
+    stop_at_time_limit "$step" TERM
+    await_end_of "$step"
+    wait "$step" && status=0 || status=$?
+    if ((status == 0)); then is_stopping=0; elif ((is_stopping)); then status=0; fi # stopped: what it had done is kept
+    finish "$status"
+}

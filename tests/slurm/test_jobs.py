@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from demo_runs import ROOT, arguments, checkpoints, rows, write_text
+from evaluate_samples import BBEH, write_sets
 from slurm_cluster import NODES, wait_until
 
 SCRIPTS = ROOT / "examples" / "slurm"
@@ -147,6 +148,22 @@ def test_a_conversion_job(slurm, place):
     )
     slurm.wait(job, "COMPLETED", told=lambda: out.read_text() + slurm.told())
     assert any(back.glob("*.safetensors")) and "equals the source bit for bit" in out.read_text()
+
+
+def test_an_evaluation_job(slurm, place):
+    sets, scores = write_sets(place[0] / "sets", bbeh=BBEH[:2]), place[0] / "scores"
+    out = place[0] / "evaluate.out"
+    asked = ["--suites=bbeh", f"--data={sets}", "--max-new-tokens=4", "--prompt-style=plain"]
+    job = slurm.submit(
+        f"--output={out}",
+        str(SCRIPTS / "evaluate.sbatch"),
+        f"--out={scores}",
+        f"--hf-model={ROOT / 'examples' / 'demo_policy'}",
+        *asked,
+        **VARIABLES,
+    )
+    slurm.wait(job, "COMPLETED", told=lambda: out.read_text() + slurm.told())
+    assert (scores / "evaluation.json").is_file() and len(rows(scores, "graded.jsonl")) == 2
 
 
 def test_a_script_that_is_bash_and_python_is_taken_by_sbatch(slurm, place):
