@@ -8,17 +8,26 @@ of play. That was two fifths of what rank 0 can do (benchmarks/records/controlle
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 THRESHOLDS = (100_000, 20, 20)
 """Containers made and not yet given back before the youngest are looked through, and how often that is done before the older
 ones are. Python's own are 700, 10 and 10."""
 
 
-def spare_collector() -> None:
-    """Look through what is there now once, and never again; through what comes, seldom. For the rest of the process."""
+@contextmanager
+def spared_collector() -> Iterator[None]:
+    """Look through what is there now once, and not again; through what comes, seldom. Undone at the end."""
+    before = gc.get_threshold()
     gc.collect()
     gc.freeze()
     gc.set_threshold(*THRESHOLDS)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 def collect() -> None:

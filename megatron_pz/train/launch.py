@@ -45,7 +45,7 @@ from megatron_pz.tasks.base import Task
 from megatron_pz.tasks.registry import make_task
 from megatron_pz.tasks.schedule import task_at
 from megatron_pz.tasks.stragglers import Stragglers, num_begun
-from megatron_pz.train.collector import spare_collector
+from megatron_pz.train.collector import spared_collector
 from megatron_pz.train.deal import deal
 from megatron_pz.train.engines import make_engine
 from megatron_pz.train.entropies import with_entropies
@@ -230,9 +230,9 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
                 tell=console.message,
                 timers=timers,
             )
-            spare_collector()
             try:
-                state = run(parts, config, state)
+                with spared_collector():
+                    state = run(parts, config, state)
             finally:
                 if writer:
                     writer.close()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from torch import Tensor
 
 from megatron_pz.config.schema import Config, TrainConfig
 from megatron_pz.platform.base import torch_dtype
@@ -88,8 +90,23 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], config: Config) -
     optimizer = get_megatron_optimizer(optimizer_config(config), list(chunks))
     for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
         _start_adam(part.optimizer)
-    chunks[0].config.grad_scale_func = optimizer.scale_loss
+    chunks[0].config.grad_scale_func = _scale_loss_of(optimizer)
     return optimizer
+
+
+def _scale_loss_of(optimizer: MegatronOptimizer) -> Callable[[Tensor], Tensor]:
+    """Its `scale_loss`, which does not keep it: its shards hold the chunks where Python's collector cannot look.
+
+    A reference from the chunks would keep both, and their process groups' threads, for the rest of the process.
+    """
+    kept_elsewhere = weakref.ref(optimizer)
+
+    def scale_loss(loss: Tensor) -> Tensor:
+        alive = kept_elsewhere()
+        assert alive is not None, "a loss is scaled after its optimizer was dropped"
+        return alive.scale_loss(loss)
+
+    return scale_loss
 
 
 def _start_adam(adam: torch.optim.Optimizer | None) -> None:
