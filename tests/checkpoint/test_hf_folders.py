@@ -86,7 +86,9 @@ def test_several_files_are_read_and_written_with_an_index(qwen, tmp_path):
     assert index["weight_map"].keys() == source.keys()
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in source.values())
     assert same(source, hf_models.tensors(tmp_path / "out"))
-    assert torch.equal(hf_models.expected_logits(qwen), hf_models.expected_logits(tmp_path / "out"))
+    # Not to the bit: where a tensor lies in its file decides which kernel multiplies it.
+    wanted, found = hf_models.expected_logits(qwen), hf_models.expected_logits(tmp_path / "out")
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
