@@ -18,8 +18,6 @@ TaskName = Literal[Game, "continue_pt", "sft", "rlvr"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`[model]`: the policy, its tokenizer and its precision."""
-
     hf_model: str = ""
     """Hugging Face folder (or hub name) of the policy: config.json, weights and, unless `tokenizer` is set, tokenizer."""
     tokenizer: str = ""
@@ -39,8 +37,6 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """`[parallel]`: over how many ranks what is shared out; what is left of them is data parallel."""
-
     tensor_model_parallel_size: int = 1
     """Ranks that share each weight matrix."""
     pipeline_model_parallel_size: int = 1
@@ -61,8 +57,6 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """`[corpus]`: the texts, and which paragraphs of them count."""
-
     data_path: str = ""
     """JSONL file (or folder of them) with one object a line that has a `text` field, or a store of tools/prepare_corpus.py."""
     held_out_path: str = ""
@@ -77,8 +71,6 @@ class CorpusConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """`[task]`: what is played, in which numbers, and by which rules."""
-
     task: TaskName = "pretrain_zero"
     """What is played: PretrainZero, its baselines with random spans, random next tokens or next tokens of high entropy, next-token
     training, supervised training on both formats, or questions whose answers a verifier pays."""
@@ -128,8 +120,6 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class VerifierConfig:
-    """`[verifier]`: who says whether an answer of `rlvr` is right."""
-
     verifier: Literal["rule", "model"] = "rule"
     """`rlvr`: who says whether an answer is right: a rule (`verifier_rule`), or a language model at `verifier_urls`."""
     verifier_rule: Literal["qwen", "math_verify"] = "math_verify"
@@ -164,8 +154,6 @@ class VerifierConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """`[engine]`: what samples, how, and when a round is over."""
-
     engine: Literal["embedded", "sglang"] = "embedded"
     """What generates: the trainer's own weights and KV cache, or SGLang servers."""
     max_response_tokens: int = 4096
@@ -187,8 +175,6 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class SGLangConfig:
-    """`[sglang]`: servers, those of others or those that the run starts, and how weights reach them."""
-
     server_urls: str = ""
     """Servers to attach to, separated by commas, e.g. http://node1:30000,http://node2:30000; empty: the run starts its own."""
     router_url: str = ""
@@ -224,8 +210,6 @@ class SGLangConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """`[train]`: steps, optimizer, loss."""
-
     train_iters: int = 2000
     """Optimizer updates in all."""
     seed: int = 1234
@@ -280,8 +264,6 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """`[evaluate]`: fixed masks, how many and how often."""
-
     eval_interval: int = 50
     """Score the fixed masks every so many steps, and before the first and after the last; 0: never."""
     num_fixed_masks: int = 128
@@ -296,8 +278,6 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """`[checkpoint]`: the run directory, and what is saved in it when."""
-
     run_dir: str = "runs/run"
     """Where the run writes everything; a run found there is continued."""
     load: str = ""
@@ -315,8 +295,6 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """`[report]`: what is shown beside `metrics.jsonl`."""
-
     tensorboard: bool = True
     """Write TensorBoard events into the run directory."""
     wandb_project: str = ""
