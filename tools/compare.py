@@ -35,7 +35,6 @@ from megatron_pz.errors import ConfigError, MegatronPZError, ReportError
 from megatron_pz.report.comparison import Run, budget, compare, markdown, read_run
 from megatron_pz.report.figure import draw
 
-ROOT = Path(__file__).resolve().parents[1]
 SETS = ("fixed_masks", "held_out")
 KEYS = {"base", "seeds", "reference", "launch", "variants"}
 

@@ -307,6 +307,8 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class Config:
+    """All settings of a run, as `config.toml` of its directory has them."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)

@@ -13,6 +13,7 @@ from megatron_pz.report.page import MAX_ROLLOUT_BYTES, write_page
 
 
 def main(argv: Sequence[str]) -> int:
+    """Write the page, or the list of metrics; 1 after an error that a user can mend."""
     parser = argparse.ArgumentParser(
         prog="python -m megatron_pz.report", description="Write one self-contained HTML page about a run."
     )

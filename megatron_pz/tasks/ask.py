@@ -22,6 +22,8 @@ PROMPTS_KEPT = 1024
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
+    """What the engine is asked."""
+
     text: str  # as a record shows it
     ids: tuple[int, ...]
 

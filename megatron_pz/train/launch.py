@@ -28,7 +28,7 @@ from megatron_pz.corpus.playable import read_playable
 from megatron_pz.corpus.store import CARD
 from megatron_pz.corpus.tokenizer import check_vocab, load_tokenizer
 from megatron_pz.engine.base import Engine, converse
-from megatron_pz.errors import ConfigError, CorpusError, MegatronPZError
+from megatron_pz.errors import GRACE_S, ConfigError, CorpusError, MegatronPZError
 from megatron_pz.evaluate.fixed_masks import FixedMasks, fixed_set, score
 from megatron_pz.game.prompts import Templates
 from megatron_pz.models.folder import read_hf_config, resolve_folder
@@ -62,9 +62,6 @@ from megatron_pz.train.signals import StopSignals
 from megatron_pz.train.state import RunState
 from megatron_pz.train.step import Trainer
 from megatron_pz.types import Paragraph, Tokenizer
-
-GRACE_S = 20.0
-"""What other ranks give rank 0 to say what is wrong with the settings."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,7 +109,7 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
     templates = Templates.load(config.task.template_dir, config.task.prompt_style)
     task = make_task(config.task, config.engine, tokenizer, templates, config.verifier)
     paragraphs, counts = read_playable(config.corpus.data_path, config, tokenizer, task.prompt_ids)
-    sets = _fixed_sets(config, task, tokenizer, templates, paragraphs) if config.evaluate.eval_interval else []
+    sets = _fixed_sets(config, tokenizer, templates, paragraphs) if config.evaluate.eval_interval else []
 
     chunks = build_model(hf_config, config, platform, parallel)
     if config.checkpoint.load:
@@ -261,7 +258,7 @@ def _memory(config: Config, engine: Engine, trainer: Trainer, platform: Platform
 
 
 def _fixed_sets(
-    config: Config, task: object, tokenizer: Tokenizer, templates: Templates, paragraphs: Sequence[Paragraph]
+    config: Config, tokenizer: Tokenizer, templates: Templates, paragraphs: Sequence[Paragraph]
 ) -> list[tuple[FixedMasks, Asker]]:
     asker = Asker(config.task, config.engine, tokenizer, templates)
     sets = [(fixed_set("fixed_masks", paragraphs, asker, config.evaluate, config.task), asker)]
