@@ -34,7 +34,11 @@ def _row(state: State) -> str:
         f"{f'{state.values[sign]:.3g}' if sign in state.values else 'no value'}</span>"
         for sign in alarm.signs
     )
-    cells = (f'<span class="{_CHIP[word]}">{word}</span> {since}', signs, *map(html.escape, (alarm.meaning, alarm.action)))
+    cells = (
+        f'<span class="{_CHIP[word]}">{word}</span> {since}',
+        signs,
+        *map(html.escape, (alarm.meaning, alarm.action)),
+    )
     return (
         f'<tr class="{word.replace(" ", "-")}"><th scope="row">{alarm.name.replace("_", " ")}</th>'
         f"{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"

@@ -187,7 +187,9 @@ class Watch:
 
 def told(state: State, step: int) -> str:
     """A sounding alarm in a line, for the console."""
-    signs = ", ".join(f"{sign} (mean of {state.alarm.num_records} records: {state.values[sign]:.3g})" for sign in state.sounding)
+    signs = ", ".join(
+        f"{sign} (mean of {state.alarm.num_records} records: {state.values[sign]:.3g})" for sign in state.sounding
+    )
     return f"alarm {state.alarm.name} at step {step}: {signs}. {state.alarm.meaning} What to do: {state.alarm.action}"
 
 

@@ -78,7 +78,13 @@ TABLE: tuple[Metric, ...] = (
         ("mask/stop_word_share", "share", 0, 1, "masks that hide function words only (English)"),
         ("mask/whole_word_share", "share", 0, 1, "masks that cut no word"),
         ("mask/distinct_share", "share", 0, 1, "different answers among a paragraph's valid masks, mean of paragraphs"),
-        ("mask/lottery_share", "share", 0, 1, "masks of one character, of digits, or of function words alone (English)"),
+        (
+            "mask/lottery_share",
+            "share",
+            0,
+            1,
+            "masks of one character, of digits, or of function words alone (English)",
+        ),
         (
             "mask/visible_share",
             "share",
@@ -104,7 +110,13 @@ TABLE: tuple[Metric, ...] = (
             "prediction groups of four or more in which one alone was right: by chance, most often",
         ),
         ("groups/kept_share/<role>", "share", 0, 1, "groups of the role whose rewards differ"),
-        ("groups/duplicate_share/<role>", "share", 0, 1, "responses that say, token for token, what another of their group said before"),
+        (
+            "groups/duplicate_share/<role>",
+            "share",
+            0,
+            1,
+            "responses that say, token for token, what another of their group said before",
+        ),
         ("num_surviving_groups", "groups", 0, _INF, "groups of both roles that the update learns from"),
     ),
     *_rows(
@@ -158,7 +170,13 @@ TABLE: tuple[Metric, ...] = (
     ),
     *_rows(
         "Alarms",
-        ("alarms/sounding", "alarms", 0, _INF, "alarms that sound after this record; which, and what to do, says the page"),
+        (
+            "alarms/sounding",
+            "alarms",
+            0,
+            _INF,
+            "alarms that sound after this record; which, and what to do, says the page",
+        ),
     ),
     *_rows(
         "Evaluation",

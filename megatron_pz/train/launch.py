@@ -223,7 +223,9 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
                 engine=engine,
                 memory=_memory(config, engine, trainer, platform),
                 evaluate=_evaluator(config, sets, engine, writer),
-                journal=RunJournal(writer, console, config, Watch(read_rows(run_dir / METRICS_FILE))) if writer else SilentJournal(),
+                journal=RunJournal(writer, console, config, Watch(read_rows(run_dir / METRICS_FILE)))
+                if writer
+                else SilentJournal(),
                 save=save,
                 settle=settle,
                 rescue=rescue,
