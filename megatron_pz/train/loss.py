@@ -82,6 +82,7 @@ def logit_pull(loss: Tensor, log_probs: Tensor, weights: Tensor, is_generator: T
     A token pulls at its own logit with d loss / d log_prob * (1 - p), p its probability: the chain rule through the
     softmax (times 1 / temperature, which is the same for all). This is not the gradient of the weights: how logits
     depend on them is left out, and with it that the pulls of tokens may add up or cancel; so are the other words' logits.
+    (In the demo the squared share of mask generation is 0.27 to 0.36 by it and 0.09 to 0.17 in the weights: docs/LOG.md.)
     It costs no second backward. Clipped tokens, and those that the policy is sure of, pull with nothing.
 
     Args:
