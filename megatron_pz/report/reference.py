@@ -23,12 +23,12 @@ This page is made by `python -m megatron_pz.report --list-metrics` from `megatro
 `reference.py`."""
 
 _ALARMS = """An alarm sounds while the mean of the metric over that many of its last records is past the limit; a record
-without the metric does not count. Where two signs stand, each alone is enough. It is told on the console when it first sounds, counted in
-`alarms/sounding`, and stands on the page with its state. It changes nothing in the run. The limits are ours: away
+without the metric does not count. Where two signs stand, each alone is enough. It is told on the console when it first sounds,
+counted in `alarms/sounding`, and stands on the page with its state. It changes nothing in the run. The limits are ours: away
 from what the demo's healthy run shows, so that what sounds is worth a look; slower or smaller faults do not sound."""
 
-_HEALTHY = f"""As a rule of thumb, ours, from this project's runs of small models and from the paper's settings; larger models have not been
-seen with this code. A healthy run of the demo has [these values]({_RUN}.md), and the plots below are of it."""
+_HEALTHY = f"""As a rule of thumb, ours, from this project's runs of small models and from the paper's settings; larger
+models have not been seen with this code. A healthy run of the demo has [these values]({_RUN}.md), and the plots below are of it."""
 
 HEALTHY: tuple[tuple[str, str, str], ...] = (
     ("mask/valid_rate", "above 0.8 after some hundred steps, rising", "`mask/reject/*` has the reasons"),
