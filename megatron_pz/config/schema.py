@@ -274,6 +274,8 @@ class EvaluateConfig:
     """Temperature of these answers; 0 is greedy."""
     fixed_mask_seed: int = 7
     """Chooses the questions; the same for every run that is to be compared."""
+    probe_shuffled: bool = False
+    """Also ask the fixed masks with the words of their texts shuffled: who still answers knows the texts by heart."""
 
 
 @dataclass(frozen=True)

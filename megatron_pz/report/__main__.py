@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_pz.errors import MegatronPZError
-from megatron_pz.report.metrics import markdown
 from megatron_pz.report.page import MAX_ROLLOUT_BYTES, write_page
+from megatron_pz.report.reference import markdown
 
 
 def main(argv: Sequence[str]) -> int:

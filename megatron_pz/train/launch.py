@@ -29,11 +29,12 @@ from megatron_pz.corpus.store import CARD
 from megatron_pz.corpus.tokenizer import check_vocab, load_tokenizer
 from megatron_pz.engine.base import Engine, converse
 from megatron_pz.errors import GRACE_S, ConfigError, CorpusError, MegatronPZError
-from megatron_pz.evaluate.fixed_masks import FixedMasks, fixed_set, score
+from megatron_pz.evaluate.fixed_masks import FixedMasks, fixed_set, score, shuffled_set
 from megatron_pz.game.prompts import Templates
 from megatron_pz.models.folder import read_hf_config, resolve_folder
 from megatron_pz.platform.base import Platform, torch_dtype
 from megatron_pz.platform.select import select_platform
+from megatron_pz.report.alarms import Watch
 from megatron_pz.report.console import Console
 from megatron_pz.report.jsonl import METRICS_FILE, read_rows
 from megatron_pz.report.page import write_page
@@ -219,7 +220,9 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
                 engine=engine,
                 memory=_memory(config, engine, trainer, platform),
                 evaluate=_evaluator(config, sets, engine, writer),
-                journal=RunJournal(writer, console, config) if writer else SilentJournal(),
+                journal=RunJournal(writer, console, config, Watch(read_rows(run_dir / METRICS_FILE)))
+                if writer
+                else SilentJournal(),
                 save=save,
                 settle=settle,
                 rescue=rescue,
@@ -262,6 +265,8 @@ def _fixed_sets(
 ) -> list[tuple[FixedMasks, Asker]]:
     asker = Asker(config.task, config.engine, tokenizer, templates)
     sets = [(fixed_set("fixed_masks", paragraphs, asker, config.evaluate, config.task), asker)]
+    if config.evaluate.probe_shuffled and (probe := shuffled_set(sets[0][0], asker, config.evaluate)).masks:
+        sets.append((probe, asker))
     if config.corpus.held_out_path:
         try:
             held_out, _ = read_playable(

@@ -21,7 +21,7 @@ from megatron_pz.config.schema import Config
 from megatron_pz.errors import LayoutError, NumericsError
 from megatron_pz.platform.base import Platform
 from megatron_pz.train.forward import DeviceBatch, LogProbs, run_schedule, whole_rows
-from megatron_pz.train.loss import importance_weights, policy_loss, supervised_loss, token_sums
+from megatron_pz.train.loss import importance_weights, logit_pull, policy_loss, supervised_loss, token_sums
 from megatron_pz.train.optimizer import LrSchedule, build_optimizer, set_learning_rate
 from megatron_pz.train.parallel import Parallel
 from megatron_pz.types import MicroBatch, UpdatePlan, UpdateResult
@@ -29,6 +29,7 @@ from megatron_pz.types import MicroBatch, UpdatePlan, UpdateResult
 SUPERVISED_TASKS = ("continue_pt", "sft")
 SUMS = (
     *("loss", "tokens", "packed", "tokens_mask", "entropy_mask", "entropy_prediction"),
+    *("loss_mask", "loss_prediction", "pull_mask", "pull_prediction"),
     *("ratio", "clipped", "importance_clipped", "replayed", "mismatch_k3", "ref_kl", "broken"),
 )
 """What micro-batches add to a step's metrics, see `train.loss`; `broken` counts those whose loss is not finite."""
@@ -226,8 +227,9 @@ class Trainer:
             importance=importance,
             ref_log_probs=batch.ref_log_probs,
             kl_coef=train.kl_coef,
+            is_generator=batch.is_generator,
         )
-        return loss, stats | importance_stats
+        return loss, stats | importance_stats | logit_pull(loss, log_probs, batch.weights, batch.is_generator)
 
     def _reduced(self, collected: Sequence[Mapping[str, Tensor]]) -> tuple[dict[str, float], float]:
         """`SUMS` over all micro-batches and ranks, and the largest mismatch."""
@@ -262,8 +264,12 @@ class Trainer:
             return metrics | {"entropy": (sums["entropy_mask"] + sums["entropy_prediction"]) / tokens}
         if of_masks:
             metrics["entropy/mask"] = sums["entropy_mask"] / of_masks
+            metrics["loss/mask"] = sums["loss_mask"] / tokens
         if tokens > of_masks:
             metrics["entropy/prediction"] = sums["entropy_prediction"] / (tokens - of_masks)
+            metrics["loss/prediction"] = sums["loss_prediction"] / tokens
+        if 0 < of_masks < tokens and (pull := sums["pull_mask"] + sums["pull_prediction"]):
+            metrics["grad_share/mask"] = sums["pull_mask"] / pull
         if self.config.train.kl_coef > 0:
             metrics["ref_kl"] = sums["ref_kl"] / tokens
         if self.config.train.importance_sampling != "off":

@@ -14,7 +14,7 @@ from megatron_pz.config.schema import ModelConfig
 from megatron_pz.errors import LayoutError, NumericsError
 from megatron_pz.report.metrics import check
 from megatron_pz.train.step import Trainer
-from megatron_pz.types import UpdatePlan
+from megatron_pz.types import Role, UpdatePlan
 
 
 def test_experts_under_tensor_parallelism_alone_are_refused_before_a_step(parallel, trainer):
@@ -77,6 +77,32 @@ def test_the_entropy_is_that_of_the_role_s_trained_tokens(trainer):
     predictions = torch.cat([entropy(s) for s in SAMPLES[1:]])
     assert result.metrics["entropy/prediction"] == pytest.approx(predictions.mean().item(), rel=1e-5)
     assert result.metrics["token_share/mask"] == pytest.approx(2 / 7)
+
+
+def test_loss_and_gradient_by_role_are_those_of_the_formula(trainer):
+    one = trainer(temperature=0.7)
+    samples = scored(one, SAMPLES)
+    losses, pulls = {}, {}
+    for s in samples:
+        trained = np.array(s.loss_weights[1:]) > 0
+        logits = logits_of(one, s.token_ids).detach().requires_grad_()
+        log_probs = (logits[:-1] / 0.7).log_softmax(-1).gather(1, torch.tensor(s.token_ids[1:])[:, None])[:, 0][trained]
+        loss = -((log_probs - log_probs.detach()).exp() * s.advantage).sum()
+        (grad,) = torch.autograd.grad(loss, logits)
+        own = grad[:-1].gather(1, torch.tensor(s.token_ids[1:])[:, None]).square().sum().item()
+        losses[s.role], pulls[s.role] = losses.get(s.role, 0) + loss.item(), pulls.get(s.role, 0) + own
+    metrics = one.step(plan_update(samples, max_tokens=8), lr_step=1).metrics
+    assert metrics["loss/mask"] == pytest.approx(losses[Role.GENERATOR] / 7, rel=1e-4)
+    assert metrics["loss/prediction"] == pytest.approx(losses[Role.PREDICTOR] / 7, rel=1e-4)
+    assert metrics["loss/mask"] + metrics["loss/prediction"] == pytest.approx(metrics["loss"], abs=1e-6)
+    assert metrics["grad_share/mask"] == pytest.approx(pulls[Role.GENERATOR] / sum(pulls.values()), rel=1e-4)
+
+
+def test_of_a_role_without_tokens_there_is_no_loss_and_no_share_of_the_gradient(trainer):
+    metrics = (
+        trainer().step(plan_update([s for s in SAMPLES if s.role is Role.PREDICTOR], max_tokens=64), lr_step=1).metrics
+    )
+    assert "loss/prediction" in metrics and not {"loss/mask", "grad_share/mask"} & set(metrics)
 
 
 def test_an_update_makes_good_tokens_likelier_and_bad_ones_less_likely(trainer):
