@@ -117,14 +117,10 @@ def report(runs: Sequence[tuple[str, int, Path]], reference: str, out: Path, for
             if questions == SETS[0]:
                 raise
             continue
-        spent = budget(found)
         there = {run.variant for run in found}
-        rows = compare(
-            found,
-            reference if reference in there else found[0].variant,
-            questions,
-            format_control if format_control in there else None,
-        )
+        form = format_control if format_control in there else None
+        spent = budget(found, form)
+        rows = compare(found, reference if reference in there else found[0].variant, questions, form)
         parts.append(markdown(rows, spent, questions))
         record[questions] = {
             "budget_tokens": spent,

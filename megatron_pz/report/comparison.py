@@ -5,6 +5,7 @@
 3. Intervals are over questions (each question's score is the mean over its samples and seeds), so that answers to one question
    do not count as independent; the spread over seeds is told beside them.
 4. Where one variant is paid for format alone, what the others gain over it, question by question, is their gain beyond format.
+   It sets no budget: when all its answers can be read its groups are dropped, and it costs little; its last evaluation counts.
 """
 
 from __future__ import annotations
@@ -99,9 +100,9 @@ def read_run(variant: str, seed: int, folder: Path, questions: str = "fixed_mask
     return Run(variant, seed, folder, tuple(points))
 
 
-def budget(runs: Sequence[Run]) -> float:
-    """Tokens that every run had spent by its last evaluation."""
-    return min(run.points[-1].cost for run in runs)
+def budget(runs: Sequence[Run], format_control: str | None = None) -> float:
+    """Tokens that every run but those of `format_control` had spent by its last evaluation."""
+    return min(run.points[-1].cost for run in [run for run in runs if run.variant != format_control] or runs)
 
 
 def compare(
@@ -119,7 +120,7 @@ def compare(
     variants = list(dict.fromkeys(run.variant for run in runs))
     if unknown := [name for name in (reference, format_control) if name is not None and name not in variants]:
         raise ReportError(f"the reference is {unknown[0]!r}; it must be one of the variants: {', '.join(variants)}.")
-    spent = budget(runs)
+    spent = budget(runs, format_control)
     scores = {
         name: _question_scores([run for run in runs if run.variant == name], spent, questions) for name in variants
     }
@@ -133,7 +134,8 @@ def markdown(rows: Sequence[Row], spent: float, questions: str) -> str:
     """The table that `compare` made, in the words of a paper's; the last column stands where a variant is paid for format alone."""
     has_format = any(row.beyond_format is not None for row in rows)
     lines = [
-        f"Accuracy on `{questions}` at {_count(spent)} tokens sampled and trained on, by every run.",
+        f"Accuracy on `{questions}` at {_count(spent)} tokens sampled and trained on, by every run"
+        + (" but that which is paid for format alone: at most so many." if has_format else "."),
         "",
         "| variant | seeds | steps | tokens sampled | tokens trained on | minutes | before | after (95%) | seeds, lowest to highest |"
         " over the reference (95%) |" + " beyond format (95%) |" * has_format,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_pz.config.schema import Config, CorpusConfig, TaskConfig
-from megatron_pz.corpus.extract import PrepareSettings
+from megatron_pz.corpus.extract import Extractor, PrepareSettings
 from megatron_pz.corpus.playable import read_playable
 from megatron_pz.corpus.prepare import prepare
 from megatron_pz.corpus.quality import quality_reason
@@ -108,6 +108,14 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_pz.corpus.prepare.BATCH_DOCUMENTS", 2)
     whole = made(tmp_path, source, "whole")
     settings = PrepareSettings(TOKENIZER, min_tokens=8, held_out=0.0)
+    extracted = []
+    extract = Extractor.__call__
+
+    def counted(self, batch):
+        extracted.append([document.key for _, document in batch])
+        return extract(self, batch)
+
+    monkeypatch.setattr(Extractor, "__call__", counted)
 
     def stop(batches, size):
         if batches == 2:
@@ -117,6 +125,7 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path, monkeypatch):
         prepare([source], tmp_path / "out", settings, tell=stop)
     assert not (tmp_path / "out").exists() and len(list((tmp_path / ".tmp-out" / "batches").iterdir())) == 2
     assert prepare([source], tmp_path / "out", settings)["output_sha256"] == whole["output_sha256"]
+    assert len(extracted) == 4 and len({tuple(keys) for keys in extracted}) == 4  # none was made twice
 
 
 def test_texts_of_an_evaluation_set_are_left_out(tmp_path):

@@ -85,6 +85,8 @@ def test_what_is_gained_beyond_format_is_told_where_one_is_paid_for_format_alone
     assert header.endswith("| beyond format (95%) |") and header.count("|") == line.count("|")
     assert [cell.count("|") for cell in cells] == [header.count("|")] * 3
     assert cells[0].endswith("| +25.0 ± 147.0 | +25.0 ± 98.0 |") and cells[2].endswith(" ± 49.0 |  |")
+    assert budget(runs, "cheap") == 160  # it may stop early: 80 where it counts
+    assert compare(runs, "dear", format_control="cheap")[0].steps == 4
     with pytest.raises(ReportError, match="reference is 'form'"):
         compare(runs, "cheap", format_control="form")
 
