@@ -153,8 +153,8 @@ def write(
         f"{date.today()}, {cpu_name()}, two virtual cores, load average {os.getloadavg()[1]:.1f}. "
         f"A dump of {facts['pages']} pages, {size:.1f} MB of XML in {facts['file_bytes'] / 1e6:.1f} MB of bzip2; "
         f"{facts['card']['paragraphs']} paragraphs. Medians of {len(rounds['decompression'])} rounds (lowest to highest). "
-        f"A run of the tool on 100 pages takes {facts['start']['cpu']:.1f} CPU-s and {facts['start']['resident'] / MIB:.0f} MiB, nearly all "
-        "of it imports; a worker begins with the same.",
+        f"A run of the tool on 100 pages takes {facts['start']['cpu']:.1f} CPU-s and {facts['start']['resident'] / MIB:.0f} MiB, "
+        "nearly all of it imports; a worker begins with the same.",
         "",
         "| | MB/s by the clock | MB a CPU-s | CPU over decompression | resident, all processes | not shared |",
         "|---|---|---|---|---|---|",

@@ -185,6 +185,32 @@ def test_filters_by_script_and_form(text, language, reason):
     assert quality_reason(text, language) == reason
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        'a<ref>x<b>y</b></ref>b<REF name="x/y">q</REF >c<ref name=a /> t<ref>u</ref> v.',
+        "a <ref>open, never closed, and <ref>in</ref> b.",
+        "<nowiki><ref></nowiki> is how a note <ref>b</ref> begins.",
+        "x<!-- <ref> -->y<ref>z<!-- </ref> --></ref>w.",
+        "http://x.org/a<ref>r</ref>.Then it goes on.",
+        "A<references><ref name=q>z</ref></references><references/>b.",
+        "{{convert|5<ref>x</ref>|km}} away, {{efn|a <ref>b</ref>}} as said.",
+        "A\n:{| class=a\n| x || {{t\n|}}\n{|\n| inner\n|}\n|-\n|<ref>x\n|}</ref>\n|} tail\nB.",
+        "A {| no table |} b.\n{|\n| never closed\nC.",
+        "{{Box\n|x=\n{|\n| a\n|}\n}}\nB.\n{|\n{{row}}\n|}}\nC.",
+        AMBER,
+    ],
+)
+def test_cutting_references_and_tables_out_first_changes_no_paragraph(text, monkeypatch):
+    found = wiki_paragraphs(text)
+    monkeypatch.setattr("megatron_pz.corpus.wikitext.cut_out", lambda text: text)
+    assert wiki_paragraphs(text) == found and found
+
+
+def test_a_measure_keeps_its_figures_where_a_note_stands_in_them():
+    assert wiki_paragraphs("It is {{convert|5<ref>x</ref>|km}} away.") == ["It is 5 km away."]
+
+
 def test_a_korean_page_loses_its_own_file_links():
     text = "[[파일:호박.jpg|섬네일|호박]]\n'''호박'''(琥珀, {{llang|en|amber}})은 [[나무]]의 진이다."
     assert wiki_paragraphs(text, ("파일",)) == ["호박(琥珀)은 나무의 진이다."]
