@@ -15,7 +15,7 @@ from megatron_pz.config.schema import Config
 from megatron_pz.config.tables import PASS_THROUGH, SECTIONS, section_of
 from megatron_pz.errors import ConfigError, LayoutError
 
-GAMES = ("pretrain_zero", "random_span", "random_ntp", "entropy_ntp", "rlvr")
+GAMES = ("pretrain_zero", "random_span", "random_ntp", "entropy_ntp", "format_only", "rlvr")
 """Tasks that generate; the others train on text as it is."""
 
 POSITIVE = {

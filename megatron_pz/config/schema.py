@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Game = Literal["pretrain_zero", "random_span", "random_ntp", "entropy_ntp"]
+Game = Literal["pretrain_zero", "random_span", "random_ntp", "entropy_ntp", "format_only"]
 TaskName = Literal[Game, "continue_pt", "sft", "rlvr"]
 
 
@@ -72,8 +72,9 @@ class CorpusConfig:
 @dataclass(frozen=True)
 class TaskConfig:
     task: TaskName = "pretrain_zero"
-    """What is played: PretrainZero, its baselines with random spans, random next tokens or next tokens of high entropy, next-token
-    training, supervised training on both formats, or questions whose answers a verifier pays."""
+    """What is played: PretrainZero, its baselines with random spans, random next tokens or next tokens of high entropy, the control
+    that pays any answer that can be read, next-token training, supervised training on both formats, or questions whose answers a
+    verifier pays."""
     warm_up_task: Literal["", Game] = ""
     """Game of the first `warm_up_task_steps` steps, before `task`; empty: none."""
     warm_up_task_steps: int = 0

@@ -52,7 +52,8 @@ TABLE: tuple[Metric, ...] = (
             "reward",
             -1,
             1,
-            "mean reward of predictions: accuracy on the masks of this round; `rlvr`: what answers are paid",
+            "mean reward of predictions: accuracy on the masks of this round; `format_only`: share that is paid; "
+            "`rlvr`: what answers are paid",
         ),
         ("verifier/right_share", "share", 0, 1, "`rlvr`: verified answers that are right"),
         ("verifier/unverified_share", "share", 0, 1, "`rlvr`: responses left out since no verifier gave a verdict"),

@@ -58,7 +58,10 @@ class TextTask(Protocol):
 
 HEALTH_METRICS: dict[str, tuple[str, str]] = {
     "reward/mask/mean": ("reward", "mean reward of mask rollouts, invalid ones included (0)"),
-    "reward/prediction/mean": ("reward", "mean reward of predictions: their accuracy on the masks of this round"),
+    "reward/prediction/mean": (
+        "reward",
+        "mean reward of predictions: their accuracy on the masks of this round; `format_only`: those with an answer",
+    ),
     "mask/valid_rate": ("share", "mask rollouts whose span can be hidden"),
     **{
         f"mask/reject/{reason}": ("rollouts", f"mask rollouts rejected as `{reason}`") for reason in MASK_REJECT_REASONS
