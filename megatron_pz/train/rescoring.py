@@ -230,7 +230,8 @@ class Rescorer:
     def _load(self, chunks: list[DistributedDataParallel], reading: Reading, version: int) -> None:
         if self._loaded.get(reading.dtype) == (version, reading.rounded):
             return
-        checkpoint, model = self.versions[version], self.config.model
+        model, begun = self.config.model, self.config.checkpoint.load
+        checkpoint = self.versions[version] or (Path(begun) if begun else None)
         if checkpoint is not None:
             load_weights(chunks, checkpoint, self.parallel.control_group)
         elif model.init == "pretrained":
