@@ -34,6 +34,8 @@ class Sign:
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
+    """What can go wrong with the game, how it shows, and what to do."""
+
     name: str
     signs: tuple[Sign, ...]  # each alone is enough
     num_records: int  # with the metric, that the mean is taken over
