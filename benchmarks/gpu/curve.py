@@ -4,7 +4,7 @@ Each is an ordinary run, `python -m megatron_pz CONFIG`, colocated with a server
 Runs that are done are not repeated, so that the same command goes on after it was cut. The record has every score of the fixed
 masks and an SVG of the curves.
 
-Usage: curve.py [--out DIR] [--smoke] [--config examples/demo.toml] [--seeds 3] [--steps 40] [--minutes 9] [--server-python PYTHON]
+Usage: curve.py [--out DIR] [--smoke] [--config FILE] [--seeds 3] [--steps 40] [--minutes 9] [--server-python PYTHON]
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ def plot(curves: dict[str, list[dict[int, float]]]) -> str:
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("--config", default="examples/demo.toml")
+    parser.add_argument(
+        "--config", default="", help="empty: SmolLM2 on Wikipedia leads; with --smoke the demo's policy"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument(
@@ -117,6 +119,7 @@ def main() -> None:
     parser.add_argument("--server-python", default="")
     given = parser.parse_args()
     on = device(given.smoke)
+    given.config = given.config or f"examples/{'demo' if given.smoke else 'demo_smollm2'}.toml"
     if given.smoke:
         given.seeds, given.steps = 1, 2
     record = Record(given.out, "curve", machine(on) | {"config": given.config, "steps": given.steps})
