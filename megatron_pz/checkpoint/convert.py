@@ -31,6 +31,7 @@ from megatron_pz.checkpoint.skeleton import Parameter, Place, Skeleton, skeleton
 from megatron_pz.checkpoint.store import SHARDS
 from megatron_pz.checkpoint.tensor_file import MappedTensors, Spec, TensorFile
 from megatron_pz.checkpoint.unfinished import UnfinishedFolder
+from megatron_pz.config.fp8 import QUANTIZATION_CONFIG
 from megatron_pz.errors import CheckpointError, DiskError, MegatronPZError, ModelError
 from megatron_pz.models.folder import read_hf_config
 
@@ -146,7 +147,7 @@ def to_hf(
         output.settle()
         copy_settings(hf_dir, output.folder)
         first = next(iter(specs[id(model.parameters[0])]))[1]
-        extra = {"quantization_config": fp8.QUANTIZATION_CONFIG} if dtype == FP8 else {}
+        extra = {"quantization_config": QUANTIZATION_CONFIG} if dtype == FP8 else {}
         write_config(hf_dir, output.folder, first, extra)
         if len(groups) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -198,6 +198,9 @@ class SGLangConfig:
     """Seconds after which a request without an answer has its server examined."""
     weight_transport: Literal["disk", "tensor", "distributed"] = "tensor"
     """How weights reach the servers: files, tensors in requests, or a collective that servers and trainer share."""
+    rollout_precision: Literal["trained", "fp8_blockwise"] = "trained"
+    """Weights that servers sample with: the trainer's, or FP8 by blocks of 128 made of them at each sync (embedding, head, norms
+    and routers stay). Servers to attach to must have been started with such a folder."""
     weight_bucket_mib: int = 512
     """Weights under way at one time, beside the model's own memory."""
     pause_mode: Literal["retract", "in_place", "abort"] = "retract"
