@@ -3,7 +3,7 @@
     raw         one file in blocks of 8 MiB, then fsync
     sync        the store writes while training waits
     async       the store copies the state (training stops for this) and writes while products of matrices go on
-    megatron    Megatron's own save of the same state, then digests of its files, as the store did before
+    megatron    Megatron's own save of the same state, then checksums of its files, as the store did before
     load        verified and read into model and optimizer, from a cold page cache; beside reading the files once
 
 Usage: checkpoint.py [--rounds 4] [--layers 12] [--folder FOLDER] [--out benchmarks/records/checkpoint]
@@ -141,7 +141,7 @@ def raw_read(path: Path) -> None:
 
 
 def megatron(trainer: Trainer, folder: Path) -> None:
-    """What the store did before: Megatron's save, then every file read again for its digest."""
+    """What the store did before: Megatron's save, then every file read again for its checksum."""
     shards = folder / "shards"
     shards.mkdir(parents=True)
     model = unwrap(trainer.chunks[0]).sharded_state_dict()

@@ -24,6 +24,8 @@ BEHIND = 256 * 1024**2
 """Bytes that the checksum may be behind the writing, and mapped bytes that stay in memory."""
 FLUSH_EVERY = 64 * 1024**2
 """Bytes after which the disk is told to begin."""
+SMALL = 1024**2
+"""Bytes below which writes are gathered: `torch.save` makes ten for each tensor."""
 
 
 class DigestedFile:
@@ -40,28 +42,23 @@ class DigestedFile:
         self._unflushed = 0
         self._waiting: deque[tuple[Future[None], int]] = deque()
         self._behind = 0
+        self._small, self._size = bytearray(), 0
         self.fault: OSError | None = None
         self.lent: np.ndarray | None = None  # memory that stays as it is: bytes of it are not copied for the checksum
 
     def write(self, data: bytes | memoryview) -> int:
         """Append `data`; its length in bytes."""
         found, lent = np.frombuffer(data, np.uint8), self.lent
+        self._size += found.nbytes
+        if found.nbytes < SMALL:
+            self._small += memoryview(data).cast("B")
+            if len(self._small) >= SMALL:
+                self._send_small()
+            return found.nbytes
         is_lent = lent is not None and (found.ctypes.data, found.nbytes) == (lent.ctypes.data, lent.nbytes)
-        kept = lent.data if lent is not None and is_lent else memoryview(found.tobytes())
-        self._waiting.append((self._summer.submit(self._checksum.update, kept), len(kept)))
-        self._behind += len(kept)
-        rest = memoryview(data).cast("B")
-        try:
-            while rest:
-                count = self._file.write(rest[:FLUSH_EVERY])
-                rest = rest[count:]
-                self._have_disk_begin(count)
-        except OSError as error:
-            self.fault = self.fault or error
-            raise
-        while self._behind > BEHIND and len(self._waiting) > 1 or len(self._waiting) > 1 and self._waiting[0][0].done():
-            self._settle_first()
-        return len(kept)
+        self._send_small()
+        self._send(lent.data if lent is not None and is_lent else memoryview(found.tobytes()))
+        return found.nbytes
 
     def write_tensor(self, value: Tensor) -> None:
         """Append the numbers of `value`, which must not change afterwards."""
@@ -71,14 +68,15 @@ class DigestedFile:
 
     def tell(self) -> int:
         """Bytes written."""
-        return self._file.tell()
+        return self._size
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Nothing has to be on disk before the end."""
 
     def finish(self) -> str:
         """Have everything on disk, and close; the checksum, as it is stored."""
         try:
+            self._send_small()
             if self._flush is not None:
                 self._flush.result()
             os.fsync(self._file.fileno())
@@ -93,6 +91,27 @@ class DigestedFile:
         self._summer.shutdown()
         self._flusher.shutdown()
         self._file.close()
+
+    def _send_small(self) -> None:
+        gathered, self._small = self._small, bytearray()
+        if gathered:
+            self._send(memoryview(gathered))
+
+    def _send(self, kept: memoryview) -> None:
+        """To the checksum and to the file; `kept` does not change any more."""
+        self._waiting.append((self._summer.submit(self._checksum.update, kept), len(kept)))
+        self._behind += len(kept)
+        rest = kept
+        try:
+            while rest:
+                count = self._file.write(rest[:FLUSH_EVERY])
+                rest = rest[count:]
+                self._have_disk_begin(count)
+        except OSError as error:
+            self.fault = self.fault or error
+            raise
+        while self._behind > BEHIND and len(self._waiting) > 1 or len(self._waiting) > 1 and self._waiting[0][0].done():
+            self._settle_first()
 
     def _have_disk_begin(self, count: int) -> None:
         """Have it write what there is, while more comes: `count` bytes came."""

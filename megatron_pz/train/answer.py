@@ -13,8 +13,8 @@ from typing import TypeVar
 import torch
 from megatron.core.transformer.module import Float16Module, MegatronModule
 
-from megatron_pz.checkpoint.hf_import import load_hf_weights
 from megatron_pz.checkpoint.checksum import of_file
+from megatron_pz.checkpoint.hf_import import load_hf_weights
 from megatron_pz.checkpoint.manifest import MANIFEST
 from megatron_pz.checkpoint.store import load_weights
 from megatron_pz.config.layout_rules import world_is_divided

@@ -13,6 +13,7 @@ from megatron_pz.checkpoint.digested import DigestedFile, MappedFile, exact
 def test_the_checksum_is_that_of_the_file_however_its_bytes_came(tmp_path, monkeypatch):
     monkeypatch.setattr(digested, "BEHIND", 100)  # the checksum is waited for
     monkeypatch.setattr(digested, "FLUSH_EVERY", 64)
+    monkeypatch.setattr(digested, "SMALL", 32)  # some are gathered, some are not
     file = DigestedFile(tmp_path / "a")
     buffer = bytearray(b"changed after it was written")
     file.write(memoryview(buffer))
@@ -34,6 +35,7 @@ def test_the_disk_begins_before_the_end_and_what_it_says_is_told(tmp_path, monke
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(digested, "FLUSH_EVERY", 64)
+    monkeypatch.setattr(digested, "SMALL", 1)
     monkeypatch.setattr(digested.os, "fdatasync", full)
     file = DigestedFile(tmp_path / "a")
     file.write(bytes(63))
@@ -49,7 +51,7 @@ def test_a_broken_file_is_closed_without_a_checksum(tmp_path):
     file.write(b"half")
     file.close()
     with pytest.raises(RuntimeError, match="after shutdown"):
-        file.write(b"more")
+        file.finish()
 
 
 def test_mapped_numbers_may_stand_at_odd_places_and_outlive_their_pages(tmp_path, monkeypatch):
