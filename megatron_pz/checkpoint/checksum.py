@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
@@ -46,7 +46,7 @@ class Crc32:
 
 ALGORITHM = "crc32"
 """Of what is written."""
-_MAKE = {ALGORITHM: Crc32, "sha256": hashlib.sha256}
+_MAKE: dict[str, Callable[[], Checksum]] = {ALGORITHM: Crc32, "sha256": hashlib.sha256}
 
 
 def begun(algorithm: str = ALGORITHM) -> Checksum:
