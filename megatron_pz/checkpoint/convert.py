@@ -4,7 +4,7 @@ A converted checkpoint is one of the trainer's without optimizer (`--load`), and
 
     DST/shards/*.distcp .metadata ...   the pieces
     DST/hf/                             config.json and tokenizer, for the way back
-    DST/manifest.json                   every file with its digest
+    DST/manifest.json                   every file with its checksum
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def to_megatron(
             "layout": {"world_size": 1},
             "versions": {name: version(name) for name in ("megatron-core", "torch")},
         }
-        digests = {file.name: file.sha256 for file in files}
-        output.finish(lambda: write_manifest(output.folder, facts_of_all, digests))
+        known = {file.name: file.checksum for file in files}
+        output.finish(lambda: write_manifest(output.folder, facts_of_all, known))
 
 
 def to_hf(
