@@ -1,4 +1,7 @@
-"""`python -m megatron_pz CONFIG.toml [--field value ...]` trains; see `megatron_pz.train.launch`."""
+"""`python -m megatron_pz CONFIG.toml [--field value ...]` trains; see `megatron_pz.train.launch`.
+
+`python -m megatron_pz doctor CONFIG.toml ...` tells what would fail; see `megatron_pz.doctor.examine`.
+"""
 
 import os
 import sys
@@ -13,6 +16,10 @@ GRACE_S = 20.0
 
 def main() -> int:
     """Exit status of the run; 2 where the environment is not a supported one."""
+    if sys.argv[1:2] == ["doctor"]:
+        from megatron_pz.doctor import examine
+
+        return examine.main(sys.argv[2:])
     try:
         check_versions()
     except VersionError as error:
