@@ -95,6 +95,15 @@ finish() { # exit status
     exit "$1"
 }
 
+# Tells every fault of the run, and ends the job, before a model is loaded (python -m megatron_pz doctor). Find the nodes first.
+examine() { # number of nodes that train, flags of the run
+    local ranks=$(($1 * ${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}))
+    [[ ${DRY_RUN:-0} != 1 ]] || return 0
+    # shellcheck disable=SC2086 # variables of several words
+    srun --nodes 1 --ntasks 1 --ntasks-per-node 1 ${SRUN_ARGS:-} ${CONTAINER:-} \
+        "$PYTHON" -m megatron_pz doctor "$CONFIG" --world-size "$ranks" "${@:2}" || finish $?
+}
+
 # Trains on the first NNODES nodes of the job, until the run is done or the time limit is near.
 train() { # command of a node's task
     find_nodes "${SLURM_JOB_NODELIST:-}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megatron_pz.config.rules import validate
 from megatron_pz.plan.assumptions import GIB, Assumptions
 from megatron_pz.plan.layouts import Machines, Plan, Planner
 from megatron_pz.plan.stages import build_stages
@@ -19,6 +20,7 @@ def planned(patient: Patient) -> Plan:
     Raises:
         LayoutError, ConfigError, ModelError: as `Planner`.
     """
+    validate(patient.config, patient.world_size)  # the planner divides by its sizes
     assumed = Assumptions(gpu_memory_gib=patient.gpu_memory_gib or Assumptions.gpu_memory_gib)
     if patient.platform == "cpu":
         free = available_memory() / GIB

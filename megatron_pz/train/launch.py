@@ -62,7 +62,7 @@ from megatron_pz.train.record import NoRecord, Record, ServerRecord
 from megatron_pz.train.signals import StopSignals
 from megatron_pz.train.state import RunState
 from megatron_pz.train.step import Trainer
-from megatron_pz.types import Paragraph, Tokenizer
+from megatron_pz.types import Paragraph
 
 GRACE_S = 20.0
 """What other ranks give rank 0 to say what is wrong with the settings."""
