@@ -28,8 +28,8 @@ from megatron_pz.corpus.playable import read_playable
 from megatron_pz.corpus.store import CARD
 from megatron_pz.corpus.tokenizer import check_vocab, load_tokenizer
 from megatron_pz.engine.base import Engine, converse
-from megatron_pz.errors import GRACE_S, ConfigError, CorpusError, MegatronPZError
-from megatron_pz.evaluate.fixed_masks import FixedMasks, fixed_set, score, shuffled_set
+from megatron_pz.errors import GRACE_S, ConfigError, MegatronPZError
+from megatron_pz.evaluate.fixed_masks import FixedMasks, score
 from megatron_pz.game.prompts import Templates
 from megatron_pz.models.folder import read_hf_config, resolve_folder
 from megatron_pz.platform.base import Platform, torch_dtype
@@ -50,6 +50,7 @@ from megatron_pz.train.collector import spared_collector
 from megatron_pz.train.deal import deal
 from megatron_pz.train.engines import make_engine
 from megatron_pz.train.entropies import with_entropies
+from megatron_pz.train.fixed_sets import fixed_sets
 from megatron_pz.train.journal import RunJournal, SilentJournal, describe_run, hashes
 from megatron_pz.train.learn import Learner
 from megatron_pz.train.loop import run
@@ -62,7 +63,7 @@ from megatron_pz.train.record import NoRecord, Record, ServerRecord
 from megatron_pz.train.signals import StopSignals
 from megatron_pz.train.state import RunState
 from megatron_pz.train.step import Trainer
-from megatron_pz.types import Paragraph, Tokenizer
+from megatron_pz.types import Paragraph
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,7 +111,7 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
     templates = Templates.load(config.task.template_dir, config.task.prompt_style)
     task = make_task(config.task, config.engine, tokenizer, templates, config.verifier)
     paragraphs, counts = read_playable(config.corpus.data_path, config, tokenizer, task.prompt_ids)
-    sets = _fixed_sets(config, tokenizer, templates, paragraphs) if config.evaluate.eval_interval else []
+    sets = fixed_sets(config, tokenizer, templates, paragraphs) if config.evaluate.eval_interval else []
 
     chunks = build_model(hf_config, config, platform, parallel)
     if config.checkpoint.load:
@@ -258,24 +259,6 @@ def _memory(config: Config, engine: Engine, trainer: Trainer, platform: Platform
     if not config.sglang.colocate:
         return OwnMemory(platform)
     return SharedMemory(engine.sleep, engine.wake, trainer.sleep, trainer.wake, platform)
-
-
-def _fixed_sets(
-    config: Config, tokenizer: Tokenizer, templates: Templates, paragraphs: Sequence[Paragraph]
-) -> list[tuple[FixedMasks, Asker]]:
-    asker = Asker(config.task, config.engine, tokenizer, templates)
-    sets = [(fixed_set("fixed_masks", paragraphs, asker, config.evaluate, config.task), asker)]
-    if config.evaluate.probe_shuffled and (probe := shuffled_set(sets[0][0], asker, config.evaluate)).masks:
-        sets.append((probe, asker))
-    if config.corpus.held_out_path:
-        try:
-            held_out, _ = read_playable(
-                config.corpus.held_out_path, config, tokenizer, lambda text: asker.mask_prompt(text).ids
-            )
-        except CorpusError as error:
-            raise CorpusError(f"--held-out-path: {error} Left empty, none is scored.") from error
-        sets.append((fixed_set("held_out", held_out, asker, config.evaluate, config.task), asker))
-    return sets
 
 
 def _evaluator(
