@@ -183,16 +183,7 @@ def test_with_samples_that_leave_nothing_to_chance_a_killed_server_changes_no_ro
         assert len(re.findall("SGLang server 0 at .* was lost", log.read_text())) == (name == "disturbed")
     disturbed, whole = (rows(story.run_dir, "rollouts.jsonl") for story in stories.values())
     assert disturbed == whole and {row["step"] for row in whole} == {1, 2}
-    answers = [
-        {found.completion.prompt_ids: found.completion for found in story.answers(2)} for story in stories.values()
-    ]
-    assert answers[0].keys() == answers[1].keys()
-    gap = max(
-        abs(a - b)
-        for prompt, one in answers[0].items()
-        for a, b in zip(one.logprobs, answers[1][prompt].logprobs, strict=True)
-    )
-    print(f"\n{len(whole)} rollouts alike, log-probs within {gap:.1e}")
+    print(f"\n{len(whole)} rollouts alike")
 
 
 @pytest.mark.slow
