@@ -1,18 +1,22 @@
-"""`python -m megatron_pz CONFIG.toml [--field value ...]` trains; see `megatron_pz.train.launch`."""
+"""`python -m megatron_pz CONFIG.toml [--field value ...]` trains; see `megatron_pz.train.launch`.
+
+`python -m megatron_pz doctor CONFIG.toml ...` tells what would fail; see `megatron_pz.doctor.examine`.
+"""
 
 import os
 import sys
 import time
 
-from megatron_pz.errors import VersionError
+from megatron_pz.errors import GRACE_S, VersionError
 from megatron_pz.platform.versions import check_versions
-
-GRACE_S = 20.0
-"""What the other ranks of a node give the first to say what is wrong: torchrun ends all with the first that leaves."""
 
 
 def main() -> int:
     """Exit status of the run; 2 where the environment is not a supported one."""
+    if sys.argv[1:2] == ["doctor"]:
+        from megatron_pz.doctor import examine
+
+        return examine.main(sys.argv[2:])
     try:
         check_versions()
     except VersionError as error:

@@ -17,6 +17,9 @@
 A message names the thing, what was found, what was wanted and the way out. `assert` is for our own mistakes.
 """
 
+GRACE_S = 20.0
+"""What the ranks that found the same fault give the first one to say it: torchrun ends all with the first that leaves."""
+
 
 class MegatronPZError(Exception):
     """Root of every error that this package raises for its users."""

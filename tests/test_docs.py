@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_pz.config.load import load_config
+from megatron_pz.config.rules import validate
+
 ROOT = Path(__file__).parents[1]
 _LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 _CODE = re.compile(r"```.*?```", re.DOTALL)
@@ -59,3 +62,13 @@ def test_tools_and_scripts_that_a_command_names_are_there(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     for script in re.findall(r"(?<![\w/.])((?:tools|examples|benchmarks)/[\w/.-]+\.(?:py|sh|toml|sbatch))\b", text):
         assert (ROOT / script).is_file(), f"{name} names {script}, which is not there"
+
+
+def test_the_tutorial_s_settings_load_and_its_jobs_flags_are_known(tmp_path):
+    text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    (settings,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "first.toml").write_text(settings.replace('"examples/', f'"{ROOT}/examples/'), encoding="utf-8")
+    jobs = re.findall(r"^CONFIG=first\.toml sbatch .*train\.sbatch(.*)$", text, re.MULTILINE)
+    assert len(jobs) == 3
+    for flags in jobs:
+        validate(load_config([str(tmp_path / "first.toml"), *flags.split()]), world_size=8)

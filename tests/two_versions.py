@@ -190,11 +190,10 @@ def play(
 
 @dataclass(frozen=True)
 class Scores:
-    """Accuracy before the first and after the last step, sampled: on the played texts, and on texts that are not."""
+    """Accuracy before the first and after the last step, sampled: on the played texts; and after it on texts that are not."""
 
     before: float
     after: float
-    unseen_before: float
     unseen_after: float
 
     @property
@@ -206,4 +205,4 @@ def _scores(metrics: Path) -> Scores:
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     found = [row[key] for key in ("eval/fixed_masks/accuracy", "eval/held_out/accuracy") for row in rows if key in row]
     assert len(found) == 4, f"{len(found)} scores in {metrics}, wanted two of each set"
-    return Scores(*found)
+    return Scores(found[0], found[1], found[3])

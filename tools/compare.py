@@ -9,6 +9,8 @@
     [variants.pretrain_zero]           # settings by their names; flags given on the command line are for all
     [variants.random_span]
     task = "random_span"
+    [variants.format_only]             # paid for any answer: what the others gain over it is told as "beyond format"
+    task = "format_only"
     [variants.control]
     lr = 0.0
     min_lr = 0.0
@@ -35,7 +37,6 @@ from megatron_pz.errors import ConfigError, MegatronPZError, ReportError
 from megatron_pz.report.comparison import Run, budget, compare, markdown, read_run
 from megatron_pz.report.figure import draw
 
-ROOT = Path(__file__).resolve().parents[1]
 SETS = ("fixed_masks", "held_out")
 KEYS = {"base", "seeds", "reference", "launch", "variants"}
 
@@ -56,8 +57,9 @@ def main(argv: Sequence[str]) -> int:
             for variant in plan["variants"]
         ]
         commands = {folder: _command(base, plan, variant, seed, folder, flags) for variant, seed, folder in runs}
-        for command in commands.values():
-            load_config(command)  # a slip in the last variant is told before the first one has run
+        # A slip in the last variant is told before the first one has run.
+        tasks = {variant: load_config(commands[folder]).task.task for variant, _, folder in runs}
+        format_control = next((variant for variant, task in tasks.items() if task == "format_only"), None)
         for place, (variant, seed, folder) in enumerate(runs, 1):
             if not own.no_run:
                 sys.stdout.write(f"run {place} of {len(runs)}: {variant}, seed {seed}, in {folder}\n")
@@ -67,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
                     sys.stderr.write(f"{variant}, seed {seed}, failed: {shlex.join(launch)}\n")
                     return 1
             done = runs if own.no_run else runs[:place]
-            table = report(done, plan["reference"], own.out)
+            table = report(done, plan["reference"], own.out, format_control)
             if own.no_run:
                 break
         sys.stdout.write(table)
@@ -100,8 +102,12 @@ def read_plan(path: Path) -> dict[str, Any]:
     return plan
 
 
-def report(runs: Sequence[tuple[str, int, Path]], reference: str, out: Path) -> str:
-    """Write `comparison.md`, `comparison.json` and the figures into `out`; the text of the first."""
+def report(runs: Sequence[tuple[str, int, Path]], reference: str, out: Path, format_control: str | None) -> str:
+    """Write `comparison.md`, `comparison.json` and the figures into `out`; the text of the first.
+
+    Args:
+        format_control: the variant that is paid for format alone, if any.
+    """
     parts, record = [], {}
     for questions in SETS:
         try:
@@ -110,8 +116,10 @@ def report(runs: Sequence[tuple[str, int, Path]], reference: str, out: Path) -> 
             if questions == SETS[0]:
                 raise
             continue
-        spent = budget(found)
-        rows = compare(found, reference if reference in {run.variant for run in found} else found[0].variant, questions)
+        there = {run.variant for run in found}
+        form = format_control if format_control in there else None
+        spent = budget(found, form)
+        rows = compare(found, reference if reference in there else found[0].variant, questions, form)
         parts.append(markdown(rows, spent, questions))
         record[questions] = {
             "budget_tokens": spent,

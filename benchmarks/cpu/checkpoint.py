@@ -3,10 +3,10 @@
     raw         one file in blocks of 8 MiB, then fsync
     sync        the store writes while training waits
     async       the store copies the state (training stops for this) and writes while products of matrices go on
-    megatron    Megatron's own save of the same state, then digests of its files, as the store did before
+    megatron    Megatron's own save of the same state, then checksums of its files, as the store did before
     load        verified and read into model and optimizer, from a cold page cache; beside reading the files once
 
-Usage: checkpoint.py [--rounds 4] [--layers 12] [--folder FOLDER] [--out benchmarks/records/checkpoint]
+Usage: checkpoint.py [--rounds 4] [--layers 12] [--save-only] [--folder FOLDER] [--out benchmarks/records/checkpoint]
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     arguments.add_argument("--rounds", type=int, default=4)
     arguments.add_argument("--layers", type=int, default=12)
+    arguments.add_argument("--save-only", action="store_true", help="raw and sync, and nothing else")
     arguments.add_argument("--folder", default=None, help="on the disk that is measured")
     arguments.add_argument("--out", default="benchmarks/records/checkpoint")
     given = arguments.parse_args()
@@ -76,7 +77,7 @@ def main() -> None:
     )
     fill(trainer)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        record = measure(trainer, Path(folder), given.rounds)
+        record = measure(trainer, Path(folder), given.rounds, given.save_only)
     shutdown()
     write(Path(given.out), record)
 
@@ -88,10 +89,11 @@ def fill(trainer: Trainer) -> None:
             tensor.normal_()
 
 
-def measure(trainer: Trainer, folder: Path, rounds: int) -> dict[str, Any]:
+def measure(trainer: Trainer, folder: Path, rounds: int, save_only: bool) -> dict[str, Any]:
     pieces = [value for place, value in pieces_to_save(trainer.chunks, trainer.optimizer) if isinstance(place, Place)]
     size = sum(piece.nbytes for piece in pieces)
-    alone = products(lambda count: count >= 60)
+    alone = 0.0 if save_only else products(lambda count: count >= 60)
+    theirs = 0
     store = CheckpointStore(folder / "checkpoints", keep=2 * rounds)  # removing files is no part of it
     rows: dict[str, list[dict[str, float]]] = {}
 
@@ -101,9 +103,13 @@ def measure(trainer: Trainer, folder: Path, rounds: int) -> dict[str, Any]:
 
     for turn in range(rounds):
         note("raw", timed(lambda: raw_write(pieces, folder / "raw")))
-        note("raw read", cold(folder / "raw", lambda: raw_read(folder / "raw")))
+        if not save_only:
+            note("raw read", cold(folder / "raw", lambda: raw_read(folder / "raw")))
         (folder / "raw").unlink()
         note("sync", timed(partial(store.save, 2 * turn, trainer.chunks, trainer.optimizer, "{}")))
+        if save_only:
+            shutil.rmtree(store.folder / f"step_{2 * turn:06d}")
+            continue
         note("async", background(store, 2 * turn + 1, trainer, alone))
         note("load", cold(store.folder, partial(store.load, 2 * turn + 1, trainer.chunks, trainer.optimizer)))
         note("megatron", timed(lambda: megatron(trainer, folder / "theirs")))
@@ -141,7 +147,7 @@ def raw_read(path: Path) -> None:
 
 
 def megatron(trainer: Trainer, folder: Path) -> None:
-    """What the store did before: Megatron's save, then every file read again for its digest."""
+    """What the store did before: Megatron's save, then every file read again for its checksum."""
     shards = folder / "shards"
     shards.mkdir(parents=True)
     model = unwrap(trainer.chunks[0]).sharded_state_dict()
@@ -157,11 +163,12 @@ def background(store: CheckpointStore, step: int, trainer: Trainer, alone: float
     def begin() -> None:
         store.save(step, trainer.chunks, trainer.optimizer, "{}", in_background=True)
 
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), time.process_time()
     stopped = timed(begin)
     beside = products(lambda _: store.settle(wait=False) is not None)
     return {
         "seconds": time.perf_counter() - start,
+        "cpu": time.process_time() - spent,  # the products' among them
         "stopped": stopped["seconds"],
         "memory": stopped["memory"],
         "work beside": beside / alone,
@@ -179,12 +186,13 @@ def products(is_done: Callable[[int], bool]) -> float:
 
 
 def timed(work: Callable[[], Any]) -> dict[str, float]:
-    """Seconds, and bytes of memory that the process took at most beyond what it had."""
+    """Seconds, CPU-seconds of all threads, and bytes of memory that the process took at most beyond what it had."""
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), time.process_time()
     work()
-    return {"seconds": time.perf_counter() - start, "memory": max(0, resident("VmHWM") - before)}
+    seconds, cpu = time.perf_counter() - start, time.process_time() - spent
+    return {"seconds": seconds, "cpu": cpu, "memory": max(0, resident("VmHWM") - before)}
 
 
 def cold(place: Path, work: Callable[[], Any]) -> dict[str, float]:
@@ -215,8 +223,8 @@ def write(out: Path, record: dict[str, Any]) -> None:
         f"{facts['tensors']} tensors, one process, two cores, load average {facts['load_average']:.1f}; {len(rows['raw'])} rounds "
         "by turns. Rates are of these bytes; the ratio is each round's own to plain writing (or reading) in it, median and range.",
         "",
-        "| | seconds, median (range) | GB/s | of the disk's rate | memory taken |",
-        "|---|---|---|---|---|",
+        "| | seconds, median (range) | CPU-seconds, median (range) | GB/s | of the disk's rate | memory taken |",
+        "|---|---|---|---|---|---|",
     ]
     for side, base in (
         ("raw", "raw"),
@@ -226,20 +234,24 @@ def write(out: Path, record: dict[str, Any]) -> None:
         ("raw read", "raw read"),
         ("load", "raw read"),
     ):
-        seconds = [row["seconds"] for row in rows[side]]
+        if side not in rows:
+            continue
+        seconds, cpu = [row["seconds"] for row in rows[side]], [row["cpu"] for row in rows[side]]
         ratios = sorted(b["seconds"] / s["seconds"] for b, s in zip(rows[base], rows[side], strict=True))
         lines.append(
-            f"| {side} | {median(side):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | {size / median(side) / GB:.2f} | "
+            f"| {side} | {median(side):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | "
+            f"{median(side, 'cpu'):.2f} ({min(cpu):.2f} to {max(cpu):.2f}) | {size / median(side) / GB:.2f} | "
             f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {median(side, 'memory') / MIB:.0f} MiB |"
         )
-    stops = [row["stopped"] for row in rows["async"]]
-    lines += [
-        "",
-        f"async: training stands still {stops[0]:.2f} s at the first save, which takes the memory for the copy, and "
-        f"{statistics.median(stops[1:] or stops):.2f} s later; the checkpoint stands after the seconds in the table, in which "
-        f"products of matrices run at {median('async', 'work beside'):.2f} of their rate. Megatron's file has "
-        f"{facts['megatron_bytes'] / GB:.2f} GB: in float32 it saves the weights twice.",
-    ]
+    stops = [row["stopped"] for row in rows.get("async", [])]
+    if stops:
+        lines += [
+            "",
+            f"async: training stands still {stops[0]:.2f} s at the first save, which takes the memory for the copy, and "
+            f"{statistics.median(stops[1:] or stops):.2f} s later; the checkpoint stands after the seconds in the table, in which "
+            f"products of matrices run at {median('async', 'work beside'):.2f} of their rate. Megatron's file has "
+            f"{facts['megatron_bytes'] / GB:.2f} GB: in float32 it saves the weights twice.",
+        ]
     out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
     sys.stdout.write("\n".join(lines) + "\n")

@@ -2,9 +2,10 @@
 
 Weights are random, tensor by tensor of the exact shapes of a config.json; `--layers` makes a model fit the disk, which has to
 hold it three times. Memory: the largest of anonymous pages (what the program holds) and of resident ones (page cache of mapped
-files included), sampled every 50 ms. Both ways are checked: the tensors that come back are compared bit for bit.
+files included), sampled every 50 ms. Both ways are checked: the tensors that come back are compared bit for bit. With
+`--verify` the tool reads source and output again and compares as well, within the seconds told.
 
-Usage: convert.py [--model examples/models/Qwen3-4B-Base] [--layers 0] [--folder FOLDER] [--out benchmarks/records/convert]
+Usage: convert.py [--model examples/models/Qwen3-4B-Base] [--layers 0] [--verify] [--folder FOLDER] [--out benchmarks/records/convert]
 """
 
 from __future__ import annotations
@@ -32,21 +33,23 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     arguments.add_argument("--model", default="examples/models/Qwen3-4B-Base")
     arguments.add_argument("--layers", type=int, default=0, help="0: as config.json says")
+    arguments.add_argument("--verify", action="store_true")
     arguments.add_argument("--folder", default=None, help="on the disk that is measured")
     arguments.add_argument("--out", default="benchmarks/records/convert")
     given = arguments.parse_args()
+    verify = ["--verify"] * given.verify
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         place = Path(folder)
         facts = make(ROOT / given.model, given.layers, place / "model")
         rows = {"cp": copied(place / "model", place / "copy")}
         shutil.rmtree(place / "copy")
         start = measured(["--help"])
-        rows["to megatron"] = measured([str(place / "model"), str(place / "there"), "--to", "megatron"])
-        rows["to hf"] = measured([str(place / "there"), str(place / "back"), "--to", "hf"])
+        rows["to megatron"] = measured([str(place / "model"), str(place / "there"), "--to", "megatron", *verify])
+        rows["to hf"] = measured([str(place / "there"), str(place / "back"), "--to", "hf", *verify])
         shutil.rmtree(place / "there")
         rows["cp again"] = copied(place / "model", place / "copy")
         facts["unequal tensors"] = unequal(place / "model", place / "back")
-    facts["seconds to start"] = start["seconds"]
+    facts |= {"seconds to start": start["seconds"], "verified": given.verify}
     write(Path(given.out), Path(given.model).name, facts, rows)
 
 
@@ -141,6 +144,7 @@ def write(out: Path, model: str, facts: dict[str, Any], rows: dict[str, Any]) ->
         f"{date.today()}, {facts['bytes'] / 1e9:.2f} GB in {facts['tensors']} tensors of bfloat16, the largest "
         f"{facts['largest'] / MIB:.0f} MiB; two cores, load average {os.getloadavg()[1]:.1f}. "
         f"Tensors that came back otherwise: {facts['unequal tensors']}. "
+        f"{'The tool verified what it wrote (`--verify`), within its seconds. ' * facts['verified']}"
         f"Of the tool's seconds {facts['seconds to start']:.1f} are its start (imports; `--help` alone).",
         "",
         "| | seconds | CPU-seconds | GB/s | rate over the faster `cp` | without the start | anonymous memory | resident |",
@@ -156,7 +160,11 @@ def write(out: Path, model: str, facts: dict[str, Any], rows: dict[str, Any]) ->
         )
     record = out.with_suffix(".json")
     known = json.loads(record.read_text()) if record.exists() else {}
-    known[f"{model}, {facts['layers']} layers"] = {"facts": facts, "rows": rows, "markdown": lines}
+    known[f"{model}, {facts['layers']} layers{', verified' * facts['verified']}"] = {
+        "facts": facts,
+        "rows": rows,
+        "markdown": lines,
+    }
     record.write_text(json.dumps(known, indent=1) + "\n")
     text = ["# Conversion beside `cp`", ""]
     for one in known.values():

@@ -83,16 +83,33 @@ def machine(on: torch.device) -> dict[str, Any]:
     return found | {"commit": done.stdout.strip() or None}
 
 
-def write(out: Path, part: str, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """`PART.json`, in place of an older one, and its rows on the console.
+class Record:
+    """`PART.json`, written anew with every row: a part whose time runs out has what it found by then.
 
     A row has `what`, `measured` (text), and where there is one `aim` and `met`, or `reason` where it could not be measured.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / f".{part}.json"
-    partial.write_text(json.dumps({"part": part, **facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    partial.rename(out / f"{part}.json")
-    print("\n".join(table(rows)))
+
+    def __init__(self, out: Path, part: str, facts: dict[str, Any]) -> None:
+        self._file, self.rows = out / f"{part}.json", list[dict[str, Any]]()
+        self._facts: dict[str, Any] = {"part": part, "finished": False, **facts}
+        out.mkdir(parents=True, exist_ok=True)
+        self._save()
+
+    def add(self, *rows: dict[str, Any]) -> None:
+        """Keep them, and show them."""
+        self.rows += rows
+        self._save()
+        print("\n".join(table(list(rows))[2:]), flush=True)
+
+    def finish(self, **facts: Any) -> None:
+        """Nothing was left out for want of time."""
+        self._facts |= {"finished": True, **facts}
+        self._save()
+
+    def _save(self) -> None:
+        partial = self._file.with_name(f".{self._file.name}")
+        partial.write_text(json.dumps({**self._facts, "rows": self.rows}, indent=1) + "\n", encoding="utf-8")
+        partial.rename(self._file)
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:

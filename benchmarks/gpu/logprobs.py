@@ -1,25 +1,20 @@
 """Log-probs of labels with their gradients, at real shapes on one GPU: time and peak memory of naive logits, chunks, the
-fused kernel, Liger's fused linear cross entropy and Megatron-Core's own, where they are.
+fused kernel, Liger's fused linear cross entropy, TRL's chunked log-probs and Megatron-Core's own, where they are.
 
 Every side makes [n] log-probs of 8192 trained tokens (the first two also entropies) and both gradients, by turns, in
 bfloat16. Peak memory is what is taken beyond the inputs, gradients included: those take the same on every side.
 `--smoke` runs tiny shapes, on a CPU by Triton's interpreter: it shows that the script works, its times mean nothing.
 
-Usage: logprobs.py --out DIR [--rounds 5] [--smoke]        writes DIR/logprobs.json and DIR/logprobs.md
+Usage: logprobs.py [--out DIR] [--rounds 5] [--smoke]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 SMOKE = "--smoke" in sys.argv
@@ -28,6 +23,7 @@ if SMOKE:
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from common import Record, arguments, device, machine  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from megatron_pz.models.logprobs import token_log_probs  # noqa: E402
@@ -37,7 +33,11 @@ SHAPES = {  # tokens, hidden size, vocabulary
     "Qwen3-30B-A3B": (8192, 2048, 151936),
     "Qwen3-4B": (8192, 2560, 151936),
 }
+TRL_COLUMNS = 32768
+"""Of the vocabulary a tile: what TRL's own trainer passes."""
 TINY = {"tiny": (16, 48, 200)}
+TIME_AIM, MEMORY_AIM = 0.5, 0.1
+"""Of naive's; memory beyond the gradients, which every side has to hold."""
 Side = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden [n, H], weight [V, H], labels [n]) -> log-probs [n]."""
 
@@ -78,6 +78,19 @@ def sides() -> tuple[dict[str, Side], dict[str, str]]:
             return -LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, labels, *arguments)[0]
 
         found["liger"] = liger
+    try:
+        from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    except ImportError as error:
+        missing["trl"] = str(error)
+    else:
+
+        def trl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+            """TRL's tiles of cuBLAS products, each folded by a Triton kernel; the entropy too, as ours."""
+            return ChunkedLogProbFunction.apply(
+                hidden, weight, None, labels, 1.0, TRL_COLUMNS, None, 1.0, ("entropy",)
+            )[0]
+
+        found["trl"] = trl
     try:
         from megatron.core.fusions.fused_linear_cross_entropy import linear_cross_entropy
 
@@ -130,7 +143,13 @@ def compare(shape: tuple[int, int, int], rounds: int, device: torch.device) -> d
                 continue
             try:
                 *figures, log_probs[name] = measured(side, (hidden, weight, labels), factors)
-            except (RuntimeError, ValueError, AssertionError, TypeError) as error:  # a peer that refuses is a finding
+            except (
+                RuntimeError,
+                ValueError,
+                AssertionError,
+                TypeError,
+                ImportError,
+            ) as error:  # a peer that refuses is a finding
                 missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 continue
             if number:  # the first compiles and chooses tiles
@@ -162,56 +181,48 @@ def compare(shape: tuple[int, int, int], rounds: int, device: torch.device) -> d
     return result
 
 
-def table(results: dict[str, Any]) -> str:
-    """Markdown."""
-    lines = [
-        "| shape | side | forward ms | backward ms | both (range) | of naive's time | peak MiB | of naive's | TFLOP/s | error |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+def gradient_mib(shape: tuple[int, int, int], itemsize: int) -> float:
+    """Of hidden states and weight: what no side can do without."""
+    tokens, width, vocab_size = shape
+    return (tokens + vocab_size) * width * itemsize / 2**20
+
+
+def rows(name: str, result: dict[str, Any], gradients_mib: float) -> list[dict[str, Any]]:
+    """A line of the table a side; the fused kernel's has the aims."""
+    base, found = result["sides"].get("naive"), []
+    for side, x in result["sides"].items():
+        low, high = x["total_ms_range"]
+        text = (
+            f"{x['total_ms']:.2f} ms ({low:.2f} to {high:.2f}), {x['tflops']:.0f} TFLOP/s, peak {x['peak_mib']:.0f} MiB"
+        )
+        line: dict[str, Any] = {"what": f"log-probs and gradients, {name} shape: {side}", **x}
+        if base and side != "naive":
+            line["of_naives_time"] = x["total_ms"] / base["total_ms"]
+            text += f"; of naive's {line['of_naives_time']:.2f} of the time"
+            if base["peak_mib"] > gradients_mib:
+                beyond = (x["peak_mib"] - gradients_mib) / (base["peak_mib"] - gradients_mib)
+                line["of_naives_memory"] = beyond
+                text += f", {beyond:.2f} of the memory beyond gradients"
+        if side == "fused" and "of_naives_memory" in line:
+            line["aim"] = f"time <= {TIME_AIM}, memory <= {MEMORY_AIM} of naive's"
+            line["met"] = line["of_naives_time"] <= TIME_AIM and line["of_naives_memory"] <= MEMORY_AIM
+        found.append(line | {"measured": f"{text}; error {x['largest_error']:.1e}"})
+    return found + [
+        {"what": f"log-probs and gradients, {name} shape: {side}", "reason": why}
+        for side, why in result["missing"].items()
     ]
-    for shape, result in results.items():
-        base = result["sides"].get("naive")
-        for name, x in result["sides"].items():
-            low, high = x["total_ms_range"]
-            time_share = f"{x['total_ms'] / base['total_ms']:.2f}" if base else "-"
-            memory_share = f"{x['peak_mib'] / base['peak_mib']:.2f}" if base and base["peak_mib"] else "-"
-            lines.append(
-                f"| {shape} | {name} | {x['forward_ms']:.2f} | {x['backward_ms']:.2f} | {x['total_ms']:.2f} ({low:.2f} to "
-                f"{high:.2f}) | {time_share} | {x['peak_mib']:.0f} | {memory_share} | {x['tflops']:.1f} | "
-                f"{x['largest_error']:.1e} |"
-            )
-        lines += [f"| {shape} | {name}: {why} | | | | | | | | |" for name, why in result["missing"].items()]
-    return "\n".join(lines) + "\n"
-
-
-def installed(package: str) -> str:
-    """Its version."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
 
 
 def main() -> None:
-    """Measure, write both files, print the table last."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of logprobs.json and logprobs.md")
+    parser = arguments(__doc__ or "")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, also without a GPU")
-    arguments = parser.parse_args()
-    if not arguments.smoke and not torch.cuda.is_available():
-        sys.exit("logprobs.py: torch sees no CUDA device; it needs one, or --smoke to see that the script works.")
-    device = torch.device("cpu" if arguments.smoke else "cuda")
-    rounds = 1 if arguments.smoke else arguments.rounds
-    results = {name: compare(shape, rounds, device) for name, shape in (TINY if arguments.smoke else SHAPES).items()}
-    card = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU, Triton interpreted: times mean nothing"
-    versions = {package: installed(package) for package in ("torch", "triton", "liger-kernel", "megatron-core")}
-    record = {"date": str(date.today()), "device": card, "smoke": SMOKE, "versions": versions, "shapes": results}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "logprobs.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    told = f"{record['date']}, {card}; " + ", ".join(f"{package} {number}" for package, number in versions.items())
-    text = f"# Log-probs and their gradients\n\n{told}.\n\n{table(results)}"
-    (arguments.out / "logprobs.md").write_text(text, encoding="utf-8")
-    print("\n" + table(results))
+    given = parser.parse_args()
+    on = torch.device("cpu") if given.smoke else device(False)  # Triton interprets in a smoke run
+    record = Record(given.out, "logprobs", machine(on) | {"smoke": SMOKE})
+    for name, shape in (TINY if given.smoke else SHAPES).items():
+        result = compare(shape, 1 if given.smoke else given.rounds, on)
+        record.add(*rows(name, result, gradient_mib(shape, 4 if given.smoke else 2)))
+    record.finish()
 
 
 if __name__ == "__main__":

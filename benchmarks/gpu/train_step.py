@@ -16,7 +16,7 @@ import statistics
 from typing import Any
 
 import torch
-from common import ROOT, arguments, device, gemm_flops, machine, seconds, write
+from common import ROOT, Record, arguments, device, gemm_flops, machine, seconds
 
 SHAPES = {"dense": "Qwen3-4B-Base", "moe": "Qwen3-30B-A3B-Base"}
 AIMS = {"dense": 0.50, "moe": 0.35}
@@ -180,26 +180,26 @@ def main() -> None:
     on = device(given.smoke)
     memory = torch.cuda.get_device_properties(on).total_memory if on.type == "cuda" else 0
     ceiling = gemm_flops(on)
-    rows, impls = [], (None, "local") if on.type == "cuda" else (None,)
+    part = "train_step" + (f"_{given.model}" if given.model else "")
+    record = Record(given.out, part, machine(on) | {"gemm_flops_per_s": ceiling})
+    impls = (None, "local") if on.type == "cuda" else (None,)
     for model in [given.model] if given.model else SHAPES:
         layers = given.layers or (2 if given.smoke else layers_that_fit(model, False, 0.6 * memory))
-        size, by_precision = f"{SHAPES[model]} shape, {layers} layers", {}
+        size, by_precision, packing = f"{SHAPES[model]} shape, {layers} layers", {}, 0.0
         for precision in ("bf16", "fp8"):
             for impl in impls[: 1 if precision == "fp8" else 2]:
                 found = attempt(ours, model, layers, precision, impl, given.smoke, on)
                 label = {None: "Transformer Engine" if on.type == "cuda" else "local", "local": "local layers"}[impl]
-                rows.append(
-                    row(f"{size}: {precision}, {label}", found, ceiling, AIMS[model] if precision == "bf16" else None)
-                )
+                aim = AIMS[model] if precision == "bf16" else None
+                record.add(row(f"{size}: {precision}, {label}", found, ceiling, aim))
                 by_precision.setdefault(precision, found)
-                if "padded_tokens" in found and impl is None and precision == "bf16":
-                    share = found["padded_tokens"] / found["packed_tokens"]
-                    rows.append(
-                        {"what": f"{size}: packing beside padding", "measured": f"{share:.2f} times fewer tokens"}
-                    )
+                if "padded_tokens" in found and not packing:
+                    packing = found["padded_tokens"] / found["packed_tokens"]
+                    told = f"{packing:.2f} times fewer tokens"
+                    record.add({"what": f"{size}: packing beside padding", "measured": told})
         if model == "dense" and all("seconds" in found for found in by_precision.values()):
             gain = by_precision["bf16"]["seconds"] / by_precision["fp8"]["seconds"]
-            rows.append(
+            record.add(
                 {
                     "what": f"{size}: FP8 over bf16",
                     "measured": f"{gain:.2f}",
@@ -207,13 +207,9 @@ def main() -> None:
                     "met": gain >= FP8_AIM,
                 }
             )
-        rows.append(row(f"{size}: transformers, padded", attempt(plain, model, layers, given.smoke, on), ceiling, None))
-    write(
-        given.out,
-        "train_step" + (f"_{given.model}" if given.model else ""),
-        rows,
-        {**machine(on), "gemm_flops_per_s": ceiling},
-    )
+        found = attempt(plain, model, layers, given.smoke, on)
+        record.add(row(f"{size}: transformers, padded", found, ceiling, None))
+    record.finish()
 
 
 if __name__ == "__main__":

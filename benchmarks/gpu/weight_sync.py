@@ -1,4 +1,4 @@
-"""Weights to a server on the same GPU: GB/s of each transport beside a copy on the device, and tokens a second that it samples.
+"""Weights to a server on the same GPU: GB/s of each transport beside a copy on the device, in bfloat16 and FP8.
 
 The trainer's process holds the model, a real SGLang server takes it: `tensor` as CUDA IPC handles, `distributed` over NCCL
 (needs a second GPU: NCCL refuses two ranks on one), `disk`. Without SGLang, the part says so and measures what needs no server:
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import arguments, copy_rate, device, machine, write
+from common import Record, arguments, copy_rate, device, machine
 
 AIM = 0.5
 READER = """
@@ -67,31 +67,30 @@ def handles(num_bytes: int, on: torch.device) -> list[float]:
     return found
 
 
-def pushes(transport: str, model: Path, python: str, gpus: int) -> dict[str, Any]:
-    """Seconds of three pushes to a real server, bytes, and sampled tokens a second."""
+def pushes(transport: str, precision: str, model: Path, python: str, gpus: int) -> dict[str, Any]:
+    """Seconds of three pushes to a real server, and bytes that each carried."""
     from megatron_pz.platform.select import select_platform
 
     platform = select_platform()
     from megatron_pz.checkpoint.hf_import import load_hf_weights
     from megatron_pz.config.schema import CheckpointConfig, Config, EngineConfig, ModelConfig, SGLangConfig, TaskConfig
-    from megatron_pz.engine.base import converse
     from megatron_pz.models.folder import read_hf_config
     from megatron_pz.train.engines import make_engine
     from megatron_pz.train.model import build_model
     from megatron_pz.train.parallel import init_parallel, shutdown
-    from megatron_pz.types import SamplingParams
 
     with tempfile.TemporaryDirectory() as run_dir:
         config = Config(
             model=ModelConfig(hf_model=str(model), params_dtype="bfloat16" if gpus else "float32"),
-            task=TaskConfig(max_prompt_tokens=512 if gpus else 64),
-            engine=EngineConfig(engine="sglang", max_response_tokens=1024 if gpus else 64),
+            task=TaskConfig(max_prompt_tokens=64),
+            engine=EngineConfig(engine="sglang", max_response_tokens=64),
             checkpoint=CheckpointConfig(run_dir=run_dir),
             sglang=SGLangConfig(
-                weight_transport=transport,
+                weight_transport=transport,  # type: ignore[arg-type]
+                rollout_precision=precision,  # type: ignore[arg-type]
                 colocate=transport == "tensor",
                 gpus_per_server=gpus,
-                server_python=python,  # type: ignore[arg-type]
+                server_python=python,
             ),
             server={"mem-fraction-static": 0.4} if gpus else {},
         )
@@ -107,25 +106,20 @@ def pushes(transport: str, model: Path, python: str, gpus: int) -> dict[str, Any
                 began = time.perf_counter()
                 engine.load(chunks, version)
                 took.append(time.perf_counter() - began)
-            count, length = (256, 1024) if gpus else (4, 8)
-            params = SamplingParams(temperature=1.0, max_new_tokens=length)
-
-            async def sampled() -> int:
-                import asyncio
-
-                prompts = [[5 + at % 50 for at in range(index % 7 + 20)] for index in range(count)]
-                done = await asyncio.gather(*(engine.generate(prompt, params) for prompt in prompts))
-                return sum(len(one.token_ids) for one in done)
-
-            began = time.perf_counter()
-            tokens = converse(engine, sampled) or 0
-            rate = tokens / (time.perf_counter() - began)
-            num_bytes = sum(p.numel() * p.element_size() for chunk in chunks for p in chunk.parameters())
-            return {"seconds": took[1:], "num_bytes": num_bytes, "sampled_tokens_per_s": rate}
+            return {"seconds": took[1:], "num_bytes": engine.push.last.num_bytes}
         finally:
             if engine is not None:
                 engine.close()
             shutdown()
+
+
+def unserved(model: Path | None, python: str) -> str:
+    """Why there can be no server; empty where there can."""
+    if model is None:
+        return "no --model was given"
+    if subprocess.run([python or sys.executable, "-c", "import sglang"], capture_output=True).returncode:
+        return "SGLang is not installed in --server-python"
+    return ""
 
 
 def main() -> None:
@@ -134,10 +128,11 @@ def main() -> None:
     parser.add_argument("--server-python", default="")
     given = parser.parse_args()
     on = device(given.smoke)
-    rate, rows = copy_rate(on), []
+    rate = copy_rate(on)
+    record = Record(given.out, "weight_sync", machine(on) | {"copy_bytes_per_s": rate})
     size = 2**30 if on.type == "cuda" else 2**22
     took = statistics.median(handles(size, on)[1:])
-    rows.append(
+    record.add(
         {
             "what": "a bucket read by another process through its handle",
             "measured": f"{size / took / 1e9:.1f} GB/s, {size / took / rate:.0%} of a copy",
@@ -146,34 +141,31 @@ def main() -> None:
         }
     )
     gpus = torch.cuda.device_count() if on.type == "cuda" else 0
-    for transport in ("tensor", "disk", "distributed"):
-        what = f"weights by `{transport}` to a server"
-        reason = ""
-        if given.model is None:
-            reason = "no --model was given"
-        elif subprocess.run(
-            [given.server_python or sys.executable, "-c", "import sglang"], capture_output=True
-        ).returncode:
-            reason = "SGLang is not installed in --server-python"
-        elif transport == "distributed" and gpus == 1:
+    for transport, precision in (
+        ("tensor", "trained"),
+        ("tensor", "fp8_blockwise"),
+        ("disk", "trained"),
+        ("distributed", "trained"),
+    ):
+        what = f"weights by `{transport}` to a server" + (", in FP8" if precision != "trained" else "")
+        reason = unserved(given.model, given.server_python)
+        if not reason and transport == "distributed" and gpus == 1:
             reason = "NCCL needs a GPU of its own for each rank; this machine has one"
+        if not reason and precision != "trained" and not gpus:
+            reason = "SGLang's FP8 needs a GPU"
         if reason:
-            rows.append({"what": what, "reason": reason})
+            record.add({"what": what, "reason": reason})
             continue
         try:
-            found = pushes(transport, given.model, given.server_python, min(gpus, 1))
+            found = pushes(transport, precision, given.model, given.server_python, min(gpus, 1))
         except Exception as error:  # noqa: BLE001  # told in the table
-            rows.append({"what": what, "reason": f"{type(error).__name__}: {str(error)[:160]}"})
+            record.add({"what": what, "reason": f"{type(error).__name__}: {str(error)[:160]}"})
             continue
         gbs = found["num_bytes"] / statistics.median(found["seconds"])
         line = {"what": what, **found, "measured": f"{gbs / 1e9:.2f} GB/s, {gbs / rate:.1%} of a copy"}
-        rows.append(
-            line | ({"aim": f">= {AIM:.0%} of a copy", "met": gbs / rate >= AIM} if transport == "tensor" else {})
-        )
-        rows.append(
-            {"what": f"rollouts (after `{transport}`)", "measured": f"{found['sampled_tokens_per_s']:.0f} tokens/s"}
-        )
-    write(given.out, "weight_sync", rows, {**machine(on), "copy_bytes_per_s": rate})
+        has_aim = transport == "tensor" and precision == "trained"
+        record.add(line | ({"aim": f">= {AIM:.0%} of a copy", "met": gbs / rate >= AIM} if has_aim else {}))
+    record.finish()
 
 
 if __name__ == "__main__":

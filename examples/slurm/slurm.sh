@@ -72,6 +72,7 @@ stop_at_time_limit() { # process of an srun, signal that it is told by
     # shellcheck disable=SC2064 # expanded now
     trap "is_stopping=1; say 'the time limit is near: $2 to the step'
         (while kill -$2 $1 2>/dev/null; do nap 10; done) &" USR1
+    if ((is_stopping)); then kill -USR1 $$; fi # told while the doctor was at work
     trap 'say "asked to end"' TERM # Slurm has told the steps too; they end first
 }
 
@@ -93,6 +94,16 @@ finish() { # exit status
         scontrol requeue "$SLURM_JOB_ID" || say "it cannot be queued again: submit it again, and it goes on from here"
     fi
     exit "$1"
+}
+
+# Tells every fault of the run, and ends the job, before a model is loaded (python -m megatron_pz doctor). Find the nodes first.
+examine() { # number of nodes that train, flags of the run
+    local ranks=$(($1 * ${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}))
+    [[ ${DRY_RUN:-0} != 1 ]] || return 0
+    trap 'is_stopping=1' USR1
+    # shellcheck disable=SC2086 # variables of several words
+    srun --nodes 1 --ntasks 1 --ntasks-per-node 1 ${SRUN_ARGS:-} ${CONTAINER:-} \
+        "$PYTHON" -m megatron_pz doctor "$CONFIG" --world-size "$ranks" "${@:2}" || finish $?
 }
 
 # Trains on the first NNODES nodes of the job, until the run is done or the time limit is near.

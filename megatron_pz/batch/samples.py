@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_pz.errors import EngineError
-from megatron_pz.types import Completion, Group, Role, Rollout, Sample
+from megatron_pz.types import Completion, Group, Role, Sample
 
 
 def to_samples(
@@ -29,7 +29,13 @@ def to_samples(
     """
     weights = {Role.GENERATOR: generator_weight, Role.PREDICTOR: predictor_weight}
     return [
-        _sample(rollout, advantage, group.id, weights[group.role])
+        sample_of(
+            rollout.completion,
+            role=rollout.role,
+            group_id=group.id,
+            advantage=advantage,
+            weight=weights[group.role],
+        )
         for group in groups
         if group.trained and weights[group.role] > 0
         for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
@@ -37,15 +43,21 @@ def to_samples(
     ]
 
 
-def _sample(rollout: Rollout, advantage: float, group_id: str, weight: float) -> Sample:
-    completion = rollout.completion
+def sample_of(
+    completion: Completion, *, role: Role | None, group_id: str, advantage: float = 0.0, weight: float = 1.0
+) -> Sample:
+    """`completion` made trainable, every token of the response with `weight`.
+
+    Raises:
+        EngineError: routed experts are not those of its tokens.
+    """
     prompt_zeros = (0.0,) * len(completion.prompt_ids)
     return Sample(
         token_ids=(*completion.prompt_ids, *completion.token_ids),
         loss_weights=(*prompt_zeros, *(weight for _ in completion.token_ids)),
         rollout_log_probs=(*prompt_zeros, *completion.logprobs),
         advantage=advantage,
-        role=rollout.role,
+        role=role,
         group_id=group_id,
         routed_experts=_routed_experts(completion),
     )

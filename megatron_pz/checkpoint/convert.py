@@ -4,7 +4,7 @@ A converted checkpoint is one of the trainer's without optimizer (`--load`), and
 
     DST/shards/*.distcp .metadata ...   the pieces
     DST/hf/                             config.json and tokenizer, for the way back
-    DST/manifest.json                   every file with its digest
+    DST/manifest.json                   every file with its checksum
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from megatron_pz.checkpoint.skeleton import Parameter, Place, Skeleton, skeleton
 from megatron_pz.checkpoint.store import SHARDS
 from megatron_pz.checkpoint.tensor_file import MappedTensors, Spec, TensorFile
 from megatron_pz.checkpoint.unfinished import UnfinishedFolder
+from megatron_pz.config.fp8 import QUANTIZATION_CONFIG
 from megatron_pz.errors import CheckpointError, DiskError, MegatronPZError, ModelError
 from megatron_pz.models.folder import read_hf_config
 
@@ -95,8 +96,8 @@ def to_megatron(
             "layout": {"world_size": 1},
             "versions": {name: version(name) for name in ("megatron-core", "torch")},
         }
-        digests = {file.name: file.sha256 for file in files}
-        output.finish(lambda: write_manifest(output.folder, facts_of_all, digests))
+        known = {file.name: file.checksum for file in files}
+        output.finish(lambda: write_manifest(output.folder, facts_of_all, known))
 
 
 def to_hf(
@@ -146,7 +147,7 @@ def to_hf(
         output.settle()
         copy_settings(hf_dir, output.folder)
         first = next(iter(specs[id(model.parameters[0])]))[1]
-        extra = {"quantization_config": fp8.QUANTIZATION_CONFIG} if dtype == FP8 else {}
+        extra = {"quantization_config": QUANTIZATION_CONFIG} if dtype == FP8 else {}
         write_config(hf_dir, output.folder, first, extra)
         if len(groups) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}

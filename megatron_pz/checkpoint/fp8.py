@@ -5,24 +5,17 @@ A weight becomes float8_e4m3fn, and `NAME_scale_inv` holds for each block the fl
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-BLOCK = 128
+from megatron_pz.config.fp8 import BLOCK
+
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 SUFFIX = "_scale_inv"
 KEPT = ("embed_tokens", "lm_head", "norm", "mlp.gate.")
 """In names of weights that stay as they are: embedding, head, norms, routers."""
-
-QUANTIZATION_CONFIG: dict[str, Any] = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "activation_scheme": "dynamic",
-    "weight_block_size": [BLOCK, BLOCK],
-}
-"""For config.json."""
 
 
 def encoded(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
@@ -31,6 +24,12 @@ def encoded(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
         return [(name, tensor.to(torch.bfloat16))]
     blocks, scales = quantized(tensor)
     return [(name, blocks), (name + SUFFIX, scales)]
+
+
+def all_encoded(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """`encoded` of each in order: what a server with FP8 weights is handed, where it would be handed `tensors`."""
+    for name, tensor in tensors:
+        yield from encoded(name, tensor)
 
 
 def quantized(tensor: Tensor) -> tuple[Tensor, Tensor]:

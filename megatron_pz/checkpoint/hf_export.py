@@ -12,7 +12,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from megatron_pz.checkpoint.fp8 import all_encoded
 from megatron_pz.checkpoint.hf_import import INDEX, SINGLE
+from megatron_pz.config.fp8 import QUANTIZATION_CONFIG
 from megatron_pz.errors import DiskError
 from megatron_pz.sync.export import iterate_hf_tensors
 
@@ -31,6 +33,7 @@ def export_hf(
     group: Any = None,
     is_rank0: bool = True,
     max_file_bytes: int = MAX_FILE_BYTES,
+    in_fp8: bool = False,
 ) -> None:
     """Write `out_dir`, replacing an earlier export. All ranks call it, rank 0 writes.
 
@@ -42,12 +45,15 @@ def export_hf(
         dtype: of the written tensors; None: that of the parameters.
         group: gloo group of all ranks.
         max_file_bytes: a further file is begun before one grows larger; a single tensor always fits.
+        in_fp8: quantise by blocks, as `checkpoint.fp8` says; with `dtype` None.
 
     Raises:
         DiskError: no room or no right (on rank 0); an earlier export stays.
     """
     partial = out_dir.with_name(f".tmp-{out_dir.name}")
     files = _TensorFiles(partial, max_file_bytes)
+    tensors = iterate_hf_tensors(chunks, group)
+    tensors = all_encoded(tensors) if in_fp8 else tensors
     fault: Exception | None = None
     try:
         if is_rank0:
@@ -55,7 +61,7 @@ def export_hf(
             copy_settings(hf_dir, partial)
     except OSError as error:
         fault = error
-    for name, tensor in iterate_hf_tensors(chunks, group):
+    for name, tensor in tensors:
         # After a fault too: the other ranks take part in every tensor.
         try:
             if fault is None:
@@ -67,7 +73,7 @@ def export_hf(
     try:
         if fault is None:
             files.finish()
-            write_config(hf_dir, partial, files.dtype)
+            write_config(hf_dir, partial, files.dtype, {"quantization_config": QUANTIZATION_CONFIG} if in_fp8 else None)
             _replace(partial, out_dir)
     except (OSError, SafetensorError) as error:
         fault = error

@@ -1,31 +1,25 @@
-"""What a checkpoint consists of: every file with its size and SHA-256, and whose it is."""
+"""What a checkpoint consists of: every file with its size and checksum, and whose it is."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import cycle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from megatron_pz.checkpoint import checksum
 from megatron_pz.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-FORMAT = "megatron_pz checkpoint 2"
-READABLE = (FORMAT, "megatron_pz checkpoint 1")
-"""1: optimizer state under Megatron's own names, which differ between layouts."""
-BLOCK, SHOWN = 4 * 1024**2, 8
+FORMAT = "megatron_pz checkpoint 3"
+READABLE = (FORMAT, "megatron_pz checkpoint 2", "megatron_pz checkpoint 1")
+"""2: SHA-256 of every file. 1: optimizer state under Megatron's own names as well, which differ between layouts."""
+SHOWN = 8
 
 Advance = Callable[[int], None]
 """Told the bytes that were done."""
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(hf_config: Mapping[str, Any]) -> str:
@@ -35,14 +29,14 @@ def fingerprint(hf_config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def write_manifest(folder: Path, facts: Mapping[str, Any], digests: Mapping[str, str] | None = None) -> None:
+def write_manifest(folder: Path, facts: Mapping[str, Any], known: Mapping[str, str] | None = None) -> None:
     """List every file under `folder` in its `manifest.json`, with `facts` about the run.
 
     Args:
-        digests: by relative name, of files whose SHA-256 is known already.
+        known: checksums by relative name, of files that were summed already.
     """
     files = {
-        name: {"bytes": path.stat().st_size, "sha256": (digests or {}).get(name) or sha256(path)}
+        name: {"bytes": path.stat().st_size, "checksum": (known or {}).get(name) or checksum.of_file(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and (name := str(path.relative_to(folder))) != MANIFEST
     }
@@ -128,27 +122,11 @@ def _damage(folder: Path, name: str, facts: Mapping[str, Any], advance: Advance)
     file = folder / name
     if not file.is_file():
         return f"{name} is missing"
-    if (found := file.stat().st_size) != facts["bytes"]:
-        return f"{name} has {found} bytes, was written with {facts['bytes']}"
+    if (size := file.stat().st_size) != facts["bytes"]:
+        return f"{name} has {size} bytes, was written with {facts['bytes']}"
+    wanted = checksum.stored(facts)
     try:
-        digest = _digest_read(file, advance)
+        found = checksum.of_file(file, wanted.partition(":")[0], advance)
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
-    return None if digest == facts["sha256"] else f"{name} was altered after it was written"
-
-
-def _digest_read(file: Path, advance: Advance) -> str:
-    """SHA-256 of a file; the next block is read while one is being digested."""
-    digest = hashlib.sha256()
-    blocks = [memoryview(bytearray(BLOCK)) for _ in range(2)]
-    with file.open("rb", buffering=0) as stream, ThreadPoolExecutor(1) as helper:
-        pending: Future[None] | None = None
-        for block in cycle(blocks):
-            count = stream.readinto(block)
-            if pending is not None:
-                pending.result()
-            if not count:
-                return digest.hexdigest()
-            pending = helper.submit(digest.update, block[:count])
-            advance(count)
-    raise AssertionError("a cycle does not end")
+    return None if found == wanted else f"{name} was altered after it was written"

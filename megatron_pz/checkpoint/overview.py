@@ -35,6 +35,8 @@ class SavedTensor:
 
 @dataclass(frozen=True)
 class Overview:
+    """What is told of a checkpoint."""
+
     folder: Path
     manifest: dict[str, Any]
     tensors: tuple[SavedTensor, ...]  # by key

@@ -59,7 +59,7 @@ def write_object(file: DigestedFile, key: str, value: Any = None) -> Fact:
 
 
 def _save(thing: Any, file: DigestedFile) -> None:
-    """`torch.save` without CRC sums, which take seven times as long as the rest: the manifest has a digest of the file."""
+    """`torch.save` without CRC sums, which take seven times as long as the rest: the manifest has a checksum of the file."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:

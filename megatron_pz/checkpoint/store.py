@@ -6,7 +6,7 @@
 
 Each rank writes its own files, in a thread; in the background where asked, from a copy in host memory. (Megatron's own
 asynchronous save forks writers that outlive a kill, starts a process a rank that imports the program again, and cannot take
-digests; its newest versions give it up.) What the ranks must agree on is agreed in the main thread, by `settle`.
+checksums; its newest versions give it up.) What the ranks must agree on is agreed in the main thread, by `settle`.
 """
 
 from __future__ import annotations
@@ -220,9 +220,9 @@ class CheckpointStore:
         partial, final = pending.partial, pending.final
         write_index(partial / SHARDS, {file.name: file.facts for file in files})
         (partial / STATE).write_text(pending.state, encoding="utf-8")
-        digests = {f"{SHARDS}/{file.name}": file.sha256 for file in files}
-        write_manifest(partial, pending.facts, digests)
-        sync_files(partial, digests.keys())
+        known = {f"{SHARDS}/{file.name}": file.checksum for file in files}
+        write_manifest(partial, pending.facts, known)
+        sync_files(partial, known.keys())
         replaced = self.folder / f".old-{final.name}"
         if final.exists():
             final.rename(replaced)

@@ -53,7 +53,7 @@ class TensorFile:
         self._file.write_tensor(tensor)
 
     def finish(self) -> str:
-        """On disk, and complete; its SHA-256."""
+        """On disk, and complete; its checksum."""
         assert not self._rest
         return self._file.finish()
 

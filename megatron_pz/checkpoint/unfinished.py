@@ -1,7 +1,7 @@
 """A folder that is written file by file, and goes on where it was after a kill.
 
 DST                 appears when everything is in it
-.tmp-DST            until then; `progress.jsonl` in it tells the files that are whole, with their digests
+.tmp-DST            until then; `progress.jsonl` in it tells the files that are whole, with their checksums
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_pz.checkpoint.manifest import sha256
+from megatron_pz.checkpoint.checksum import of_file
 from megatron_pz.errors import DiskError
 
 LOG = "progress.jsonl"
@@ -26,7 +26,7 @@ class WholeFile:
 
     name: str
     bytes: int
-    sha256: str
+    checksum: str
     holds: Any
 
 
@@ -61,7 +61,7 @@ class UnfinishedFolder:
             raise DiskError(f"{self.folder} cannot be written: {error.strerror}.") from error
 
     def add(self, name: str, finish: Callable[[], str], holds: Any) -> None:
-        """`name` is written, and whole once `finish`, which gives its digest, has brought it to disk.
+        """`name` is written, and whole once `finish`, which gives its checksum, has brought it to disk.
 
         What failed to finish is told at the next call.
         """
@@ -71,7 +71,7 @@ class UnfinishedFolder:
         self._pending.append(self._finisher.submit(self._note, name, finish, holds))
 
     def settle(self) -> list[WholeFile]:
-        """All whole files; waits for the digests."""
+        """All whole files; waits for the checksums."""
         self.files += [pending.result() for pending in self._pending]
         self._pending = []
         return self.files
@@ -94,8 +94,8 @@ class UnfinishedFolder:
         self._log.close()
 
     def _note(self, name: str, finish: Callable[[], str], holds: Any) -> WholeFile:
-        digest = finish()
-        file = WholeFile(name, (self.folder / name).stat().st_size, digest, holds)
+        checksum = finish()
+        file = WholeFile(name, (self.folder / name).stat().st_size, checksum, holds)
         self._write(json.dumps(asdict(file)) + "\n")
         return file
 
@@ -114,7 +114,7 @@ class UnfinishedFolder:
             for line in lines:
                 file = WholeFile(**json.loads(line))
                 path = self.folder / file.name
-                if path.stat().st_size != file.bytes or sha256(path) != file.sha256:
+                if path.stat().st_size != file.bytes or of_file(path) != file.checksum:
                     break
                 kept.append(file)
         except (OSError, ValueError, TypeError):

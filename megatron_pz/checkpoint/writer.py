@@ -1,4 +1,4 @@
-"""This rank's files of a checkpoint: written piece by piece, each with its digest taken on the way."""
+"""This rank's files of a checkpoint: written piece by piece, each with its checksum taken on the way."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class WrittenFile:
     """A file that is whole and on disk."""
 
     name: str
-    sha256: str
+    checksum: str
     facts: list[Fact]
 
 

@@ -15,7 +15,7 @@ from megatron_pz.config.schema import Config
 from megatron_pz.config.tables import PASS_THROUGH, SECTIONS, section_of
 from megatron_pz.errors import ConfigError, LayoutError
 
-GAMES = ("pretrain_zero", "random_span", "random_ntp", "entropy_ntp", "rlvr")
+GAMES = ("pretrain_zero", "random_span", "random_ntp", "entropy_ntp", "format_only", "rlvr")
 """Tasks that generate; the others train on text as it is."""
 
 POSITIVE = {
@@ -236,6 +236,11 @@ def servers_are_named_or_started(config: Config, world_size: int) -> Iterator[st
         yield (
             f"sglang.colocate is true with engine.async_steps {config.engine.async_steps} and engine.stragglers "
             f"{config.engine.stragglers!r}: requests would be under way while the servers have no memory. Use 0 and 'wait' or 'cut'."
+        )
+    if sglang.rollout_precision != "trained" and not (sglang.gpus_per_server or sglang.server_urls):
+        yield (
+            f"sglang.rollout_precision is {sglang.rollout_precision!r} with sglang.gpus_per_server 0: SGLang computes FP8 on GPUs. "
+            "Set --gpus-per-server 1 or more, or leave it at 'trained'."
         )
     if (config.engine.over_sampling > 0) != (config.engine.stragglers != "wait"):
         yield (

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Game = Literal["pretrain_zero", "random_span", "random_ntp", "entropy_ntp"]
+Game = Literal["pretrain_zero", "random_span", "random_ntp", "entropy_ntp", "format_only"]
 TaskName = Literal[Game, "continue_pt", "sft", "rlvr"]
 
 
@@ -72,8 +72,9 @@ class CorpusConfig:
 @dataclass(frozen=True)
 class TaskConfig:
     task: TaskName = "pretrain_zero"
-    """What is played: PretrainZero, its baselines with random spans, random next tokens or next tokens of high entropy, next-token
-    training, supervised training on both formats, or questions whose answers a verifier pays."""
+    """What is played: PretrainZero, its baselines with random spans, random next tokens or next tokens of high entropy, the control
+    that pays any answer that can be read, next-token training, supervised training on both formats, or questions whose answers a
+    verifier pays."""
     warm_up_task: Literal["", Game] = ""
     """Game of the first `warm_up_task_steps` steps, before `task`; empty: none."""
     warm_up_task_steps: int = 0
@@ -197,6 +198,9 @@ class SGLangConfig:
     """Seconds after which a request without an answer has its server examined."""
     weight_transport: Literal["disk", "tensor", "distributed"] = "tensor"
     """How weights reach the servers: files, tensors in requests, or a collective that servers and trainer share."""
+    rollout_precision: Literal["trained", "fp8_blockwise"] = "trained"
+    """Weights that servers sample with: the trainer's, or FP8 by blocks of 128 made of them at each sync (embedding, head, norms
+    and routers stay). Servers to attach to must have been started with such a folder."""
     weight_bucket_mib: int = 512
     """Weights under way at one time, beside the model's own memory."""
     pause_mode: Literal["retract", "in_place", "abort"] = "retract"
@@ -274,6 +278,8 @@ class EvaluateConfig:
     """Temperature of these answers; 0 is greedy."""
     fixed_mask_seed: int = 7
     """Chooses the questions; the same for every run that is to be compared."""
+    probe_shuffled: bool = False
+    """Also ask the fixed masks with the words of their texts shuffled: who still answers knows the texts by heart."""
 
 
 @dataclass(frozen=True)
@@ -307,6 +313,8 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class Config:
+    """All settings of a run, as `config.toml` of its directory has them."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)

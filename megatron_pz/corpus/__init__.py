@@ -1,0 +1,1 @@
+"""Text: reading, cleaning and storing paragraphs, their order in a run, and the tokenizers."""

@@ -5,6 +5,7 @@ A document is plain data that a worker process can be sent; its `key` is stable 
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from megatron_pz.corpus.dump import DumpBroken, raw_pages, site
 from megatron_pz.errors import CorpusError
 
 KINDS = (".bz2", ".xml", ".parquet", ".jsonl", ".jsonl.gz", ".txt", ".md")
+ATTRIBUTION = "ATTRIBUTION.txt"
+"""Tells of the files beside it; it is no text of the corpus."""
 WIKIPEDIA = "Wikipedia contributors, CC BY-SA 4.0"
 
 
@@ -44,7 +47,11 @@ def source_files(sources: list[Path]) -> list[tuple[str, Path]]:
     found: list[tuple[str, Path]] = []
     for source in sources:
         if source.is_dir():
-            inside = sorted(file for file in source.rglob("*") if file.is_file() and file.name.endswith(KINDS))
+            inside = sorted(
+                file
+                for file in source.rglob("*")
+                if file.is_file() and file.name.endswith(KINDS) and file.name != ATTRIBUTION
+            )
             found += [(file.relative_to(source).as_posix(), file) for file in inside]
         elif source.is_file() and source.name.endswith(KINDS):
             found.append((source.name, source))
@@ -79,13 +86,15 @@ def documents(name: str, file: Path) -> Iterator[Document]:
 
 def attribution(name: str, file: Path) -> str:
     """What has to be said of a file's text: ATTRIBUTION.txt beside it, or what its format tells; else that it is unknown."""
-    beside = file.parent / "ATTRIBUTION.txt"
+    beside = file.parent / ATTRIBUTION
     if beside.is_file():
         return beside.read_text(encoding="utf-8").strip()
     if name.endswith((".xml", ".bz2")):
         return WIKIPEDIA
-    if name.endswith(".parquet") and (first := next(_rows(name, file), None)) and "wikipedia.org/" in first.url:
-        return WIKIPEDIA
+    if name.endswith(".parquet"):
+        with contextlib.suppress(DumpBroken):  # it has been told where the rows were read
+            if (first := next(_rows(name, file), None)) and "wikipedia.org/" in first.url:
+                return WIKIPEDIA
     return "origin and licence not stated"
 
 

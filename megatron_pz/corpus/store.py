@@ -41,6 +41,7 @@ _PROBE = (
 
 
 def is_store(path: str | Path) -> bool:
+    """Whether `path` is the folder of a prepared corpus."""
     return (Path(path) / HEAD).is_file()
 
 

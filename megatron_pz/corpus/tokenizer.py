@@ -58,11 +58,22 @@ class HFTokenizer:
         Raises:
             TokenizerError: the tokenizer has no chat template.
         """
-        if not getattr(self._tokenizer, "chat_template", None):
+        if not self.has_chat_template:
             raise _no_chat_template(self.name)
         turn = [{"role": "user", "content": user}]
         ids = self._tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False)
         return list(ids)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `apply_chat` can be called."""
+        return bool(getattr(self._tokenizer, "chat_template", None))
+
+    def after_answer(self) -> list[int]:
+        """Ids that the chat template writes after an assistant's answer: first what ends the turn. Nothing: it writes none."""
+        answer = "answer-7391"
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+        return self.encode(self._tokenizer.apply_chat_template(turns, tokenize=False).rpartition(answer)[2].strip())
 
     def _put_in_front(self) -> tuple[int, ...]:
         alone = self.encode("a")

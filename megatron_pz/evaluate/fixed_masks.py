@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_pz.config.schema import EvaluateConfig, TaskConfig
 from megatron_pz.errors import CorpusError
+from megatron_pz.game.masking import shuffle_context
 from megatron_pz.game.random_spans import fixed_masks
 from megatron_pz.game.seeds import derive
 from megatron_pz.tasks.ask import Asker
@@ -51,6 +53,18 @@ def fixed_set(
             "or set --eval-interval 0."
         )
     return FixedMasks(name, tuple(masks))
+
+
+def shuffled_set(questions: FixedMasks, asker: Asker, config: EvaluateConfig) -> FixedMasks:
+    """The probe `shuffled`: `questions` with their words in an order of chance, the same at every evaluation.
+
+    Whoever still answers them knows the text by heart, or guesses from the words alone: it does not read.
+    """
+    made = [
+        shuffle_context(mask, random.Random(derive(config.fixed_mask_seed, "shuffled", index)))
+        for index, mask in enumerate(questions.masks)
+    ]
+    return FixedMasks("shuffled", tuple(mask for mask in made if asker.fits(mask)))
 
 
 async def score(

@@ -27,6 +27,8 @@ class Graded:
 
 
 class Grader(Protocol):
+    """Judges the responses to questions of one kind."""
+
     def __call__(self, question: Question, response: str, judge: Judge) -> Graded:
         """What the graders of one kind say."""
         ...

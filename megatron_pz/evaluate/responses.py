@@ -37,6 +37,8 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Response:
+    """What was answered to one question."""
+
     text: str
     is_cut: bool  # at the token limit
     num_tokens: int

@@ -8,8 +8,10 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 from megatron_pz.config.schema import TaskConfig
@@ -72,6 +74,28 @@ def make_mask(paragraph: Paragraph, answer: str, found: Sequence[Span], validity
 def restore(mask: Mask) -> str:
     """The paragraph's text again."""
     return mask.masked_text.replace(MASK_TOKEN, mask.answer)
+
+
+def shuffle_context(mask: Mask, rng: random.Random) -> Mask:
+    """The same question with the words around it, and each `[mask]`, in the order that `rng` gives them.
+
+    Words are what stands between white space; in scripts without it, each character. `spans` are those of the paragraph.
+
+    >>> made = Mask("p", "Paris", ((0, 5),), "[mask] is the capital of France.")
+    >>> shuffle_context(made, random.Random(1)).masked_text
+    'the capital France. [mask] of is'
+    """
+    text = mask.masked_text
+    pieces = re.findall(r"\[mask\]|(?:(?!\[mask\])\S)+", text)
+    if not re.search(r"\s", text):
+        pieces = [part for piece in pieces for part in ([piece] if piece == MASK_TOKEN else _characters(piece))]
+    rng.shuffle(pieces)
+    return replace(mask, masked_text=(" " if re.search(r"\s", text) else "").join(pieces))
+
+
+def _characters(text: str) -> list[str]:
+    cuts = [0, *(cut for cut in range(1, len(text)) if not cuts_character(text, cut)), len(text)]
+    return [text[start:end] for start, end in pairwise(cuts)]
 
 
 def cuts_no_word(text: str, span: Span) -> bool:

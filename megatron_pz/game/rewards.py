@@ -1,13 +1,27 @@
-"""What each role is paid (paper Eq. 8 and 9)."""
+"""What each role is paid (paper Eq. 8 and 9), and what a control is paid in place of it."""
 
 from __future__ import annotations
 
-from megatron_pz.game.answers import Match, matches
+from collections.abc import Callable
+
+from megatron_pz.game.answers import Match, matches, normalise
+
+PredictionReward = Callable[[str | None, str, Match], float]
+"""(answer as it was read or None, hidden text, how they are compared) -> reward."""
 
 
 def prediction_reward(answer: str | None, target: str, match: Match = "strict") -> float:
     """Eq. 8: 1 where the prediction is the hidden text, else 0."""
     return 1.0 if matches(answer, target, match) else 0.0
+
+
+def format_reward(answer: str | None, target: str, match: Match = "strict") -> float:
+    r"""The format-only control: 1 for any answer that can be read, right or wrong; 0 for none or an empty box.
+
+    >>> [format_reward(answer, "Paris") for answer in ("Paris", "Rome", r"\text{ }", None)]
+    [1.0, 1.0, 0.0, 0.0]
+    """
+    return 1.0 if answer is not None and normalise(answer) else 0.0
 
 
 def mask_reward(num_correct: int, num_predictions: int) -> float:

@@ -27,11 +27,8 @@ MASK_REJECT_REASONS = (
 )
 """Why a mask rollout is invalid."""
 
-PREDICTION_REJECT_REASONS = ("truncated", "aborted", "no_box", "unverified")
-"""Why a prediction is invalid."""
-
 REJECT_REASONS = (*MASK_REJECT_REASONS, "no_box", "unverified")
-"""All of them."""
+"""All of them; a prediction is `truncated`, `aborted`, `no_box` or `unverified`."""
 
 
 @dataclass(frozen=True)

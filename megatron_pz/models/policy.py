@@ -27,6 +27,7 @@ from megatron_pz.models.logprobs import LogProbKernel, chosen_kernel, token_log_
 from megatron_pz.models.names import TensorShape
 from megatron_pz.models.random_init import initialize
 from megatron_pz.models.registry import family as family_of
+from megatron_pz.models.rope import RopeScaling
 from megatron_pz.models.rotary import PositionedRotaryEmbedding
 from megatron_pz.models.routing_replay import RoutingReplay
 from megatron_pz.models.transformer import padded_vocab_size, transformer_config
@@ -65,13 +66,17 @@ class PolicyModel(GPTModel):
         self.tensor_shape = shape
         self.chunk_tokens, self.log_prob_kernel = chunk_tokens, log_prob_kernel
         self.routing_replay: RoutingReplay | None = None
-        self.rotary_pos_emb = PositionedRotaryEmbedding(
-            kv_channels=config.kv_channels,
+        self.rotary_pos_emb = self.rotary(fields.rotary_base, fields.rope_scaling)
+
+    def rotary(self, base: float, scaling: RopeScaling | None) -> PositionedRotaryEmbedding:
+        """A rotary embedding of this model's heads."""
+        return PositionedRotaryEmbedding(
+            kv_channels=self.config.kv_channels,
             rotary_percent=1.0,
-            rotary_base=fields.rotary_base,
-            use_cpu_initialization=config.use_cpu_initialization,
+            rotary_base=base,
+            use_cpu_initialization=self.config.use_cpu_initialization,
             cp_group=self.pg_collection.cp,
-            scaling=fields.rope_scaling,
+            scaling=scaling,
         )
 
     def forward(
@@ -116,10 +121,14 @@ class PolicyModel(GPTModel):
         hidden = self._whole(hidden)
         if labels is None:
             return self._logits(hidden if logits_at is None else hidden[logits_at])
-        log_probs, entropy = token_log_probs(
+        return torch.stack(self.head(hidden, labels.squeeze(0), wanted, temperature))
+
+    def head(self, hidden: Tensor, labels: Tensor, wanted: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probability of each label [T] and entropy of its distribution, from hidden states [T, 1, H] of all tokens."""
+        return token_log_probs(
             hidden.squeeze(1),
-            self._head_weight(),
-            labels.squeeze(0),
+            self.head_weight(),
+            labels,
             temperature=temperature,
             vocab_size=self.tensor_shape.vocab_size,
             chunk_tokens=self.chunk_tokens,
@@ -127,7 +136,6 @@ class PolicyModel(GPTModel):
             wanted=wanted,
             kernel=self.log_prob_kernel,
         )
-        return torch.stack([log_probs, entropy])
 
     def _routed(self, experts: Tensor | None) -> AbstractContextManager[None]:
         if self.routing_replay is not None:
@@ -139,7 +147,7 @@ class PolicyModel(GPTModel):
         """Hidden states as they are: `forward` has its own head."""
         return hidden_states
 
-    def _head_weight(self) -> Tensor:
+    def head_weight(self) -> Tensor:
         """Rows of the output layer on this rank, [padded V / tp, H]."""
         is_shared = self.share_embeddings_and_output_weights
         return self.shared_embedding_or_output_weight() if is_shared else self.output_layer.weight
@@ -153,7 +161,7 @@ class PolicyModel(GPTModel):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Logits [b, s, V] of hidden states [s, b, H]; the vocabulary's padding is cut off."""
-        logits = F.linear(hidden, self._head_weight())
+        logits = F.linear(hidden, self.head_weight())
         logits = gather_from_tensor_model_parallel_region(logits, group=self.pg_collection.tp)
         return logits[..., : self.tensor_shape.vocab_size].transpose(0, 1)
 

@@ -159,7 +159,6 @@ class Planner:
         time = step_time(
             config,
             transformer,
-            stages,
             memories,
             server,
             wires,

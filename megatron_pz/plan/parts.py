@@ -118,7 +118,7 @@ def stages_of(parts: Parts, config: Config, world_size: int) -> list[Stage]:
             _buffer(is_expert, count, ranks, element, gradient, sizes.use_distributed_optimizer)
             for is_expert, count, ranks in counts
         )
-        found.append(Stage(index, layers, is_first, is_last, buffers))
+        found.append(Stage(index, layers, is_last, buffers))
     return found
 
 

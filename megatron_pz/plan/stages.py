@@ -47,7 +47,6 @@ class Stage:
 
     index: int
     layers: tuple[int, ...]  # numbers in the whole model, from 0
-    has_embedding: bool
     has_head: bool
     buffers: tuple[Buffer, ...]
 
@@ -125,7 +124,6 @@ def _measured(chunks: list[DistributedDataParallel], index: int) -> Stage:
     return Stage(
         index=index,
         layers=tuple(layer.layer_number - 1 for model in models for layer in model.decoder.layers),
-        has_embedding=any(model.pre_process for model in models),
         has_head=any(model.post_process for model in models),
         buffers=tuple(
             _buffer(buffer, is_expert)

@@ -12,7 +12,6 @@ from megatron_pz.config.rules import GAMES
 from megatron_pz.config.schema import Config
 from megatron_pz.plan.assumptions import GIB, Assumptions
 from megatron_pz.plan.memory import Memory, Server, longest_row
-from megatron_pz.plan.stages import Stage
 from megatron_pz.plan.traffic import GB, WEIGHTS, Link
 
 
@@ -72,7 +71,6 @@ def num_micro_batches(config: Config, world_size: int, to_do: Work) -> int:
 def step_time(
     config: Config,
     transformer: TransformerConfig,
-    stages: Sequence[Stage],
     memories: Sequence[Memory],
     server: Server | None,
     wires: Sequence[Link],

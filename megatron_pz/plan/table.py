@@ -19,7 +19,7 @@ def report(plan: Plan, machines: Machines, others: Sequence[Plan] = ()) -> str:
         _head(plan, machines),
         _memory(plan, machines),
         _recomputed(others),
-        _server(plan, machines),
+        _server(plan),
         _wires(plan),
         _time(plan, machines),
     ]
@@ -130,7 +130,7 @@ def _recomputed(plans: Sequence[Plan]) -> str:
     return "\n".join(_aligned(rows)) if plans else ""
 
 
-def _server(plan: Plan, machines: Machines) -> str:
+def _server(plan: Plan) -> str:
     if plan.server is None:
         return ""
     server, config = plan.server, plan.config

@@ -17,7 +17,8 @@ PLATFORMS: dict[str, type[Platform]] = {"cpu": CpuPlatform, "cuda": CudaPlatform
 
 
 @functools.cache
-def _detected() -> str:
+def detect_platform() -> str:
+    """What this machine is, or what this process was made into."""
     return "cuda" if torch.cuda.is_available() and not shim.is_installed() else "cpu"
 
 
@@ -39,7 +40,7 @@ def select_platform(name: str | None = None) -> Platform:
         VersionError: the environment is not a supported one.
         ConfigError: the name is unknown, there is no CUDA device, or this process is a CPU one already.
     """
-    name = name or _detected()
+    name = name or detect_platform()
     if name not in PLATFORMS:
         raise ConfigError(f"platform is {name!r}; it must be one of {', '.join(PLATFORMS)}.")
     return _installed(name)

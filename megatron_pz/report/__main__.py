@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_pz.errors import MegatronPZError
-from megatron_pz.report.metrics import markdown
 from megatron_pz.report.page import MAX_ROLLOUT_BYTES, write_page
+from megatron_pz.report.reference import markdown
 
 
 def main(argv: Sequence[str]) -> int:
+    """Write the page, or the list of metrics; 1 after an error that a user can mend."""
     parser = argparse.ArgumentParser(
         prog="python -m megatron_pz.report", description="Write one self-contained HTML page about a run."
     )

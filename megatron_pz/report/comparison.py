@@ -4,6 +4,8 @@
 2. All runs are read at their last evaluation within the budget: what the cheapest of them had spent at its own last one.
 3. Intervals are over questions (each question's score is the mean over its samples and seeds), so that answers to one question
    do not count as independent; the spread over seeds is told beside them.
+4. Where one variant is paid for format alone, what the others gain over it, question by question, is their gain beyond format.
+   It sets no budget: when all its answers can be read its groups are dropped, and it costs little; its last evaluation counts.
 """
 
 from __future__ import annotations
@@ -69,6 +71,10 @@ class Row:
     interval: float  # half a 95% interval of `after`, over questions
     gain: float | None  # over the reference, same questions; None: this is it
     gain_interval: float | None
+    beyond_format: float | None = (
+        None  # over the variant that is paid for format alone; None: this is it, or there is none
+    )
+    beyond_format_interval: float | None = None
 
 
 def read_run(variant: str, seed: int, folder: Path, questions: str = "fixed_masks") -> Run:
@@ -94,45 +100,54 @@ def read_run(variant: str, seed: int, folder: Path, questions: str = "fixed_mask
     return Run(variant, seed, folder, tuple(points))
 
 
-def budget(runs: Sequence[Run]) -> float:
-    """Tokens that every run had spent by its last evaluation."""
-    return min(run.points[-1].cost for run in runs)
+def budget(runs: Sequence[Run], format_control: str | None = None) -> float:
+    """Tokens that every run but those of `format_control` had spent by its last evaluation."""
+    return min(run.points[-1].cost for run in [run for run in runs if run.variant != format_control] or runs)
 
 
-def compare(runs: Sequence[Run], reference: str, questions: str = "fixed_masks") -> list[Row]:
+def compare(
+    runs: Sequence[Run], reference: str, questions: str = "fixed_masks", format_control: str | None = None
+) -> list[Row]:
     """A row for each variant, in the order of `runs`.
 
     Args:
         reference: the variant that gains are measured against, question by question.
+        format_control: the variant that is paid for format alone; None: there is none.
 
     Raises:
         ReportError: there is no such variant.
     """
     variants = list(dict.fromkeys(run.variant for run in runs))
-    if reference not in variants:
-        raise ReportError(f"the reference is {reference!r}; it must be one of the variants: {', '.join(variants)}.")
-    spent = budget(runs)
+    if unknown := [name for name in (reference, format_control) if name is not None and name not in variants]:
+        raise ReportError(f"the reference is {unknown[0]!r}; it must be one of the variants: {', '.join(variants)}.")
+    spent = budget(runs, format_control)
     scores = {
         name: _question_scores([run for run in runs if run.variant == name], spent, questions) for name in variants
     }
-    return [_row(name, [run for run in runs if run.variant == name], spent, scores, reference) for name in variants]
+    return [
+        _row(name, [run for run in runs if run.variant == name], spent, scores, reference, format_control)
+        for name in variants
+    ]
 
 
 def markdown(rows: Sequence[Row], spent: float, questions: str) -> str:
-    """The table that `compare` made, in the words of a paper's."""
+    """The table that `compare` made, in the words of a paper's; the last column stands where a variant is paid for format alone."""
+    has_format = any(row.beyond_format is not None for row in rows)
     lines = [
-        f"Accuracy on `{questions}` at {_count(spent)} tokens sampled and trained on, by every run.",
+        f"Accuracy on `{questions}` at {_count(spent)} tokens sampled and trained on, by every run"
+        + (" but that which is paid for format alone: at most so many." if has_format else "."),
         "",
         "| variant | seeds | steps | tokens sampled | tokens trained on | minutes | before | after (95%) | seeds, lowest to highest |"
-        " over the reference (95%) |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        " over the reference (95%) |" + " beyond format (95%) |" * has_format,
+        "|---|---|---|---|---|---|---|---|---|---|" + "---|" * has_format,
     ]
     for row in rows:
-        gain = "" if row.gain is None else f"{100 * row.gain:+.1f} ± {100 * (row.gain_interval or 0):.1f}"
+        gain = _points(row.gain, row.gain_interval)
+        beyond = f" {_points(row.beyond_format, row.beyond_format_interval)} |" if has_format else ""
         lines.append(
             f"| {row.variant} | {row.num_seeds} | {row.steps:.0f} | {_count(row.generated)} | {_count(row.packed)} | "
             f"{row.seconds / 60:.1f} | {row.before:.1%} | {row.after:.1%} ± {100 * row.interval:.1f} | "
-            f"{row.lowest:.1%} to {row.highest:.1%} | {gain or 'reference'} |"
+            f"{row.lowest:.1%} to {row.highest:.1%} | {gain or 'reference'} |{beyond}"
         )
     return "\n".join(lines) + "\n"
 
@@ -143,14 +158,12 @@ def _row(
     spent: float,
     scores: Mapping[str, Mapping[str, float]],
     reference: str,
+    format_control: str | None,
 ) -> Row:
     points = [run.at(spent) for run in runs]
     after = [point.accuracy for point in points]
-    gain = gain_interval = None
-    if variant != reference:
-        own, other = scores[variant], scores[reference]
-        differences = [own[question] - other[question] for question in own.keys() & other.keys()]
-        gain, gain_interval = fmean(differences), half_interval(differences)
+    gain, gain_interval = _over(variant, reference, scores)
+    beyond, beyond_interval = _over(variant, format_control, scores)
     return Row(
         variant=variant,
         num_seeds=len(runs),
@@ -165,7 +178,24 @@ def _row(
         interval=half_interval(list(scores[variant].values())),
         gain=gain,
         gain_interval=gain_interval,
+        beyond_format=beyond,
+        beyond_format_interval=beyond_interval,
     )
+
+
+def _over(
+    variant: str, other: str | None, scores: Mapping[str, Mapping[str, float]]
+) -> tuple[float, float] | tuple[None, None]:
+    """Mean difference of `variant` over `other` on the same questions, and half its interval; None for itself and for none."""
+    if other is None or variant == other:
+        return None, None
+    own, base = scores[variant], scores[other]
+    differences = [own[question] - base[question] for question in own.keys() & base.keys()]
+    return fmean(differences), half_interval(differences)
+
+
+def _points(value: float | None, interval: float | None) -> str:
+    return "" if value is None else f"{100 * value:+.1f} ± {100 * (interval or 0):.1f}"
 
 
 def half_interval(values: Sequence[float]) -> float:

@@ -1,13 +1,17 @@
-"""A comparison as a figure: accuracy against tokens, a line a variant, a band over its seeds."""
+"""Figures in files: a comparison (accuracy against tokens, a line a variant, a band over its seeds), metrics over steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from megatron_pz.errors import ReportError
 from megatron_pz.report.comparison import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _NUM_PLACES = 200
 
@@ -21,11 +25,7 @@ def draw(runs: Sequence[Run], spent: float, path: Path, title: str) -> None:
     Raises:
         ReportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ReportError('A figure needs matplotlib: pip install "megatron_pz[plots]".') from error
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = _figure((7, 4.2))
     axes = figure.subplots()
     for variant in dict.fromkeys(run.variant for run in runs):
         of_variant = [run for run in runs if run.variant == variant]
@@ -39,8 +39,44 @@ def draw(runs: Sequence[Run], spent: float, path: Path, title: str) -> None:
     axes.set(xlabel="tokens sampled and trained on", ylabel="accuracy, %", title=title)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def draw_metrics(rows: Sequence[Mapping[str, float]], names: Sequence[str], path: Path) -> None:
+    """Write `path`, by its ending a PNG or an SVG: metrics `names` over steps, a line each, from 0.
+
+    Args:
+        rows: of `metrics.jsonl`.
+
+    Raises:
+        ReportError: matplotlib is not installed.
+    """
+    figure = _figure((7, 3))
+    axes = figure.subplots()
+    for name in names:
+        found = [(row["step"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*found, strict=True), label=name, linewidth=1.2)
+    axes.set(xlabel="step")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _figure(size: tuple[float, float]) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ReportError('A figure needs matplotlib: pip install "megatron_pz[plots]".') from error
+    return Figure(figsize=size, layout="constrained")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    from matplotlib import rc_context
+
     partial = path.with_name(f".tmp-{path.name}")
-    figure.savefig(partial, dpi=144, metadata={"Date": None} if path.suffix == ".svg" else None)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name}):  # text as text: a tenth of the bytes
+        figure.savefig(partial, dpi=144, metadata={"Date": None} if path.suffix == ".svg" else None)
     partial.rename(path)
 
 

@@ -1,7 +1,7 @@
-"""Every metric of a run: name, unit, range, meaning. `docs/metrics.md` is made from this table.
+"""Every metric of a run: name, unit, range, meaning. `docs/metrics.md` is made from this table (`report/reference.py`).
 
 A name that is not in it is refused, so that a curve cannot be lost to a slip of the pen. `<role>` stands for `mask` and
-`prediction`, `<set>` for `fixed_masks` and `held_out`.
+`prediction`, `<set>` for `fixed_masks`, `held_out` and `shuffled`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_pz.errors import ReportError
 from megatron_pz.types import Role
 
 _INF = math.inf
-_PLACES = {"<role>": tuple(str(role) for role in Role), "<set>": ("fixed_masks", "held_out")}
+_PLACES = {"<role>": tuple(str(role) for role in Role), "<set>": ("fixed_masks", "held_out", "shuffled")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,8 @@ TABLE: tuple[Metric, ...] = (
             "reward",
             -1,
             1,
-            "mean reward of predictions: accuracy on the masks of this round; `rlvr`: what answers are paid",
+            "mean reward of predictions: accuracy on the masks of this round; `format_only`: share that is paid; "
+            "`rlvr`: what answers are paid",
         ),
         ("verifier/right_share", "share", 0, 1, "`rlvr`: verified answers that are right"),
         ("verifier/unverified_share", "share", 0, 1, "`rlvr`: responses left out since no verifier gave a verdict"),
@@ -78,6 +79,20 @@ TABLE: tuple[Metric, ...] = (
         ("mask/stop_word_share", "share", 0, 1, "masks that hide function words only (English)"),
         ("mask/whole_word_share", "share", 0, 1, "masks that cut no word"),
         ("mask/distinct_share", "share", 0, 1, "different answers among a paragraph's valid masks, mean of paragraphs"),
+        (
+            "mask/lottery_share",
+            "share",
+            0,
+            1,
+            "masks of one character, of digits, or of function words alone (English)",
+        ),
+        (
+            "mask/visible_share",
+            "share",
+            0,
+            1,
+            "masks whose words still stand in the masked text in another case, or inflected (an estimate by stems)",
+        ),
     ),
     *_rows(
         "Predictions",
@@ -88,7 +103,21 @@ TABLE: tuple[Metric, ...] = (
         "Groups",
         ("groups/all_wrong_share", "share", 0, 1, "prediction groups in which nobody was right"),
         ("groups/all_right_share", "share", 0, 1, "prediction groups in which everybody was right"),
+        (
+            "groups/one_right_share",
+            "share",
+            0,
+            1,
+            "prediction groups of four or more in which one alone was right: by chance, most often",
+        ),
         ("groups/kept_share/<role>", "share", 0, 1, "groups of the role whose rewards differ"),
+        (
+            "groups/duplicate_share/<role>",
+            "share",
+            0,
+            1,
+            "responses that say, token for token, what another of their group said before",
+        ),
         ("num_surviving_groups", "groups", 0, _INF, "groups of both roles that the update learns from"),
     ),
     *_rows(
@@ -110,7 +139,16 @@ TABLE: tuple[Metric, ...] = (
     *_rows(
         "Update",
         ("loss", "nats a token", -_INF, _INF, "policy loss (paper Eq. 11), or negative log-likelihood of plain text"),
+        ("loss/<role>", "nats a token", -_INF, _INF, "the role's part of `loss`; the two add up to it"),
         ("grad_norm", "norm", 0, _INF, "global gradient norm before clipping"),
+        (
+            "grad_share/mask",
+            "share",
+            0,
+            1,
+            "mask generation's share of the squared gradient at the sampled tokens' own logits, no gradient of weights "
+            "(`train/loss.py:logit_pull`); left out where a role has no trained token",
+        ),
         ("lr", "1", 0, _INF, "learning rate of the update"),
         ("entropy", "nats", 0, _INF, "mean entropy of the policy on trained tokens"),
         ("entropy/<role>", "nats", 0, _INF, "mean entropy of the policy on the role's trained tokens"),
@@ -130,6 +168,16 @@ TABLE: tuple[Metric, ...] = (
         ("ratio/mean", "ratio", 0, _INF, "mean ratio that is clipped: policy to old log-probs, of engine or trainer"),
         ("ref_kl", "nats", 0, _INF, "KL to the initial policy on trained tokens (k3)"),
         ("token_share/mask", "share", 0, 1, "mask generation's share of the trained tokens"),
+    ),
+    *_rows(
+        "Alarms",
+        (
+            "alarms/sounding",
+            "alarms",
+            0,
+            _INF,
+            "alarms that sound after this record; which, and what to do, says the page",
+        ),
     ),
     *_rows(
         "Evaluation",
@@ -169,7 +217,7 @@ TABLE: tuple[Metric, ...] = (
 """All metrics, in the order of `docs/metrics.md`."""
 
 
-_SCORED = "steps that score; `held_out` where held_out_path is set"
+_SCORED = "steps that score; `held_out` where held_out_path is set, `shuffled` with probe_shuffled"
 WHEN: Mapping[str, str] = {
     "entropy": "tasks continue_pt and sft",
     "ref_kl": "kl_coef above 0",
@@ -240,36 +288,6 @@ def out_of_range(metrics: Mapping[str, float | None]) -> list[str]:
         for name, value in metrics.items()
         if value is not None and (row := METRICS.get(name)) is not None and not row.low <= value <= row.high
     ]
-
-
-def markdown() -> str:
-    """The table as `docs/metrics.md`."""
-    lines = [
-        "# Metrics",
-        "",
-        "One object a step in `metrics.jsonl` of the run directory; TensorBoard and W&B have the same names.",
-        "A metric that has nothing to speak of in a step (no prediction was made, nothing was learned) is left out, and",
-        "so is one whose condition, after `Only:`, does not hold. The tasks `continue_pt` and `sft` generate nothing and",
-        "have no rewards, masks, predictions and groups.",
-        "`<role>` is `mask` (mask generation) or `prediction` (mask prediction). `<set>` is `fixed_masks` (random",
-        "masks on texts of the corpus) or `held_out` (on texts that are never trained on).",
-        "",
-        "This page is made by `python -m megatron_pz.report --list-metrics` from `megatron_pz/report/metrics.py`.",
-    ]
-    section = ""
-    for row in TABLE:
-        if row.section != section:
-            section = row.section
-            lines += ["", f"## {section}", "", "| name | unit | range | meaning |", "|---|---|---|---|"]
-        meaning = row.meaning + (f". Only: {WHEN[row.name]}" if row.name in WHEN else "")
-        lines.append(f"| `{row.name}` | {row.unit} | {_range(row)} | {meaning.replace('|', chr(92) + '|')} |")
-    return "\n".join(lines) + "\n"
-
-
-def _range(row: Metric) -> str:
-    low = "" if row.low == -_INF else f"{row.low:g}"
-    high = "" if row.high == _INF else f"{row.high:g}"
-    return f"{low} to {high}" if low and high else f"from {low}" if low else "any"
 
 
 def _with_nearest(name: str) -> str:

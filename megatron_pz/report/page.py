@@ -20,8 +20,9 @@ from typing import Any
 
 import megatron_pz
 from megatron_pz.errors import DiskError
+from megatron_pz.report.alarm_table import alarms_html
 from megatron_pz.report.header import header_html
-from megatron_pz.report.jsonl import EVAL_FILE, ROLLOUTS_FILE
+from megatron_pz.report.jsonl import EVAL_FILE, METRICS_FILE, ROLLOUTS_FILE, read_rows
 from megatron_pz.report.questions import read_questions
 from megatron_pz.report.rounds import tree
 from megatron_pz.report.run_files import Curves, RunFiles, read_run
@@ -53,6 +54,7 @@ def build_page(run_dir: Path, max_rollout_bytes: int = MAX_ROLLOUT_BYTES) -> str
         "title": html.escape(run.name),
         "style": _asset("page.css"),
         "header": header_html(run),
+        "alarms": alarms_html(read_rows(run_dir / METRICS_FILE)),
         "curves_note": html.escape(curves_note(run.curves)),
         "rollouts_note": html.escape(rollouts_note(shown, run)),
         "config": html.escape(run.config_text or "config.toml is not there."),

@@ -30,6 +30,8 @@ class Curves:
 
 @dataclass(frozen=True)
 class RunFiles:
+    """What a page needs of a run directory, but for the rollouts."""
+
     name: str
     config_text: str
     config: Mapping[str, Any]

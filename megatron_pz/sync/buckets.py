@@ -11,21 +11,23 @@ Bucket = list[tuple[str, Tensor]]
 
 
 def buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[Bucket]:
-    """`tensors` in order, in groups of one dtype and at most `max_bytes`; a tensor that is larger goes alone.
+    """`tensors` in groups of one dtype, in order within a dtype; all that wait together have at most `max_bytes`, and a tensor
+    that is larger goes alone.
 
-    One dtype, so that each tensor begins at a multiple of its element's size where a group is one run of bytes.
+    One dtype, so that each tensor begins at a multiple of its element's size where a group is one run of bytes. Groups of
+    several dtypes fill side by side: FP8 weights and their float32 scales come by turns.
     """
-    bucket: Bucket = []
-    held = 0
+    waiting: dict[torch.dtype, Bucket] = {}
+    held: dict[torch.dtype, int] = {}
     for name, tensor in tensors:
         size = tensor.numel() * tensor.element_size()
-        if bucket and (held + size > max_bytes or tensor.dtype != bucket[0][1].dtype):
-            yield bucket
-            bucket, held = [], 0
-        bucket.append((name, tensor))
-        held += size
-    if bucket:
-        yield bucket
+        while waiting and sum(held.values()) + size > max_bytes:
+            fullest = max(waiting, key=held.__getitem__)
+            del held[fullest]
+            yield waiting.pop(fullest)
+        waiting.setdefault(tensor.dtype, []).append((name, tensor))
+        held[tensor.dtype] = held.get(tensor.dtype, 0) + size
+    yield from waiting.values()
 
 
 def joined(bucket: Bucket) -> Tensor:

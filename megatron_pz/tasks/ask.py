@@ -11,7 +11,7 @@ from megatron_pz.errors import ConfigError, CorpusError
 from megatron_pz.game.answers import read_answer
 from megatron_pz.game.masking import MaskRules
 from megatron_pz.game.prompts import Templates, prompt_text
-from megatron_pz.game.rewards import prediction_reward
+from megatron_pz.game.rewards import PredictionReward, prediction_reward
 from megatron_pz.game.seeds import derive
 from megatron_pz.game.spans import SpanReading, read_span
 from megatron_pz.types import Completion, Generate, Mask, Paragraph, Role, Rollout, SamplingParams, Tokenizer
@@ -22,6 +22,8 @@ PROMPTS_KEPT = 1024
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
+    """What the engine is asked."""
+
     text: str  # as a record shows it
     ids: tuple[int, ...]
 
@@ -101,12 +103,14 @@ class Asker:
         mask_id: str,
         prompt: Prompt | None = None,
         temperature: float | None = None,
+        reward: PredictionReward = prediction_reward,
     ) -> Rollout:
-        """One prediction of the words that `mask` hides, read and paid (Eq. 8); its group is that of the mask.
+        """One prediction of the words that `mask` hides, read and paid; its group is that of the mask.
 
         Args:
             prompt: `prediction_prompt(mask.masked_text)`, where the caller has it already.
             temperature: in place of `engine.temperature`; 0 is greedy.
+            reward: Eq. 8; what a baseline pays in place of it. An answer that does not count comes to it as None.
         """
         prompt = prompt or self.prediction_prompt(mask.masked_text)
         completion = await generate(prompt.ids, self.params(Role.PREDICTOR, seed, temperature))
@@ -125,7 +129,7 @@ class Asker:
             target=mask.answer,
             valid=reading.reason is None,
             reject_reason=reading.reason,
-            reward=prediction_reward(counted, mask.answer, self.task.match),
+            reward=reward(counted, mask.answer, self.task.match),
             mask=mask,
         )
 

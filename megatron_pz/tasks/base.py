@@ -58,7 +58,10 @@ class TextTask(Protocol):
 
 HEALTH_METRICS: dict[str, tuple[str, str]] = {
     "reward/mask/mean": ("reward", "mean reward of mask rollouts, invalid ones included (0)"),
-    "reward/prediction/mean": ("reward", "mean reward of predictions: their accuracy on the masks of this round"),
+    "reward/prediction/mean": (
+        "reward",
+        "mean reward of predictions: their accuracy on the masks of this round; `format_only`: those with an answer",
+    ),
     "mask/valid_rate": ("share", "mask rollouts whose span can be hidden"),
     **{
         f"mask/reject/{reason}": ("rollouts", f"mask rollouts rejected as `{reason}`") for reason in MASK_REJECT_REASONS
@@ -69,6 +72,11 @@ HEALTH_METRICS: dict[str, tuple[str, str]] = {
     "mask/stop_word_share": ("share", "masks that hide function words only (English)"),
     "mask/whole_word_share": ("share", "masks that cut no word"),
     "mask/distinct_share": ("share", "different answers among the valid masks of one paragraph, mean over paragraphs"),
+    "mask/lottery_share": ("share", "masks of one character, of digits, or of function words alone (English)"),
+    "mask/visible_share": ("share", "masks whose words still stand in the masked text in another case, or inflected"),
+    "groups/one_right_share": ("share", "prediction groups of four or more in which one alone was right"),
+    "groups/duplicate_share/mask": ("share", "mask rollouts that repeat another of their group, token for token"),
+    "groups/duplicate_share/prediction": ("share", "predictions that repeat another of their group, token for token"),
     "groups/all_wrong_share": ("share", "prediction groups in which nobody was right"),
     "groups/all_right_share": ("share", "prediction groups in which everybody was right"),
     "groups/kept_share/mask": ("share", "mask groups whose rewards differ"),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from megatron_pz.config.schema import EngineConfig, TaskConfig
 from megatron_pz.game.prompts import Templates
-from megatron_pz.game.rewards import INVALID_MASK_REWARD, mask_reward
+from megatron_pz.game.rewards import INVALID_MASK_REWARD, PredictionReward, mask_reward, prediction_reward
 from megatron_pz.game.seeds import derive
 from megatron_pz.tasks.ask import Asker, Prompt, Proposal
 from megatron_pz.tasks.base import Seed
@@ -76,7 +76,13 @@ class PretrainZero:
 
 
 async def predict_all(
-    asker: Asker, mask: Mask, generate: Generate, seed: Seed, place: int, index: int
+    asker: Asker,
+    mask: Mask,
+    generate: Generate,
+    seed: Seed,
+    place: int,
+    index: int,
+    reward: PredictionReward = prediction_reward,
 ) -> list[Rollout]:
     """The prediction group of mask `index` on the paragraph at `place` in the round."""
     prompt = asker.prediction_prompt(mask.masked_text)
@@ -87,6 +93,7 @@ async def predict_all(
             derive(*seed, place, mask.paragraph_id, str(Role.PREDICTOR), index, number),
             mask_id=f"{seed[1]}.{place}.{index}",
             prompt=prompt,
+            reward=reward,
         )
         for number in range(asker.task.n_predictions_per_mask)
     )

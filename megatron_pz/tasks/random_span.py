@@ -1,4 +1,7 @@
-"""Random RLPT, the paper's strong baseline (docs/paper.md 5): the same prediction game on spans that chance chose.
+"""The same prediction game on spans that chance chose.
+
+`random_span`   Random RLPT, the paper's strong baseline (docs/paper.md 5).
+`format_only`   its control, ours: any answer that can be read is paid, so that what it gains is format.
 
 No generator role: all rollouts are predictions. A paragraph without a valid span in reach is passed over.
 """
@@ -11,6 +14,7 @@ from collections.abc import Sequence
 from megatron_pz.config.schema import EngineConfig, TaskConfig
 from megatron_pz.game.prompts import Templates
 from megatron_pz.game.random_spans import random_mask
+from megatron_pz.game.rewards import format_reward, prediction_reward
 from megatron_pz.game.seeds import derive
 from megatron_pz.tasks.ask import Asker
 from megatron_pz.tasks.base import Seed
@@ -27,6 +31,7 @@ class RandomSpan:
     def __init__(self, task: TaskConfig, engine: EngineConfig, tokenizer: Tokenizer, templates: Templates) -> None:
         self.config = task
         self.asker = Asker(task, engine, tokenizer, templates)
+        self.reward = format_reward if task.task == "format_only" else prediction_reward
 
     async def play(self, paragraphs: Sequence[Paragraph], generate: Generate, seed: Seed) -> list[Rollout]:
         """Predictions by paragraph, then by mask."""
@@ -37,7 +42,7 @@ class RandomSpan:
     async def play_paragraph(self, paragraph: Paragraph, place: int, generate: Generate, seed: Seed) -> list[Rollout]:
         """Its part of `play`, by mask."""
         return await joined(
-            predict_all(self.asker, mask, generate, seed, place, index)
+            predict_all(self.asker, mask, generate, seed, place, index, self.reward)
             for index in range(self.config.n_masks_per_paragraph)
             if (mask := self._mask(paragraph, seed, place, index)) is not None
         )

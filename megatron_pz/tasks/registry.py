@@ -41,7 +41,7 @@ def make_task(
     match task.task:
         case "pretrain_zero":
             return PretrainZero(task, engine, tokenizer, templates)
-        case "random_span":
+        case "random_span" | "format_only":
             return RandomSpan(task, engine, tokenizer, templates)
         case "random_ntp" | "entropy_ntp":
             return NextToken(task, engine, tokenizer, templates)

@@ -22,6 +22,8 @@ RULE_WORKERS = 2
 
 
 class Verifier(Protocol):
+    """Says whether an answer is right."""
+
     async def __call__(self, question: str, truth: str, answer: str) -> bool | None:
         """Whether `answer` is right; None where that could not be found out."""
         ...

@@ -13,8 +13,9 @@ from typing import TypeVar
 import torch
 from megatron.core.transformer.module import Float16Module, MegatronModule
 
+from megatron_pz.checkpoint.checksum import of_file
 from megatron_pz.checkpoint.hf_import import load_hf_weights
-from megatron_pz.checkpoint.manifest import MANIFEST, sha256
+from megatron_pz.checkpoint.manifest import MANIFEST
 from megatron_pz.checkpoint.store import load_weights
 from megatron_pz.config.layout_rules import world_is_divided
 from megatron_pz.config.schema import Config
@@ -93,7 +94,7 @@ def weights_name(config: Config, checkpoint: Path | None) -> str:
     digest = hashlib.blake2b(config.model.params_dtype.encode(), digest_size=8)
     if checkpoint is not None:
         try:
-            digest.update((checkpoint / MANIFEST).read_bytes())  # it holds the SHA-256 of every file
+            digest.update((checkpoint / MANIFEST).read_bytes())  # it holds a checksum of every file
         except OSError as error:
             raise CheckpointError(f"{checkpoint} has no {MANIFEST}: it is no checkpoint of ours.") from error
     else:
@@ -102,5 +103,5 @@ def weights_name(config: Config, checkpoint: Path | None) -> str:
             digest.update(f"random {config.train.seed}".encode())
         else:
             for file in sorted(folder.glob("*.safetensors")):
-                digest.update(sha256(file).encode())
+                digest.update(of_file(file, "sha256").removeprefix("sha256:").encode())
     return digest.hexdigest()

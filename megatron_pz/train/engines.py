@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_pz.checkpoint.fp8 import all_encoded
 from megatron_pz.checkpoint.hf_export import export_hf
 from megatron_pz.config.rules import GAMES
 from megatron_pz.config.schema import Config
@@ -24,7 +25,7 @@ from megatron_pz.engine.sglang.engine import SGLangEngine
 from megatron_pz.engine.sglang.fleet import Fleet
 from megatron_pz.engine.sglang.io_thread import IoThread
 from megatron_pz.engine.sglang.pool import Pool
-from megatron_pz.engine.sglang.served import check_served
+from megatron_pz.engine.sglang.served import check_blocks, check_precision, check_served
 from megatron_pz.engine.sglang.specs import context_length, make_fleet, server_urls
 from megatron_pz.errors import EngineError
 from megatron_pz.platform.base import torch_dtype
@@ -64,6 +65,8 @@ def make_engine(
         return IdleEngine()
     if config.engine.engine == "embedded":
         return embedded_engine(chunks, config.engine)
+    if config.sglang.rollout_precision == "fp8_blockwise":
+        check_blocks(hf_config, max(1, config.sglang.gpus_per_server))
     ranks = ProcessRanks([parallel.rank])
     if not parallel.is_rank0:
         return SGLangEngine(ranks, _push(config, parallel, folder, tell, None, []))
@@ -88,7 +91,9 @@ def make_engine(
         pool = Pool(clients, config.engine.max_running_requests, config.sglang.request_timeout_s, router)
         controls = [Control(one) for one in clients]
         for control in controls:
-            check_served(control.url, io.run(control.model_info()), hf_config)
+            info = io.run(control.model_info())
+            check_served(control.url, info, hf_config)
+            check_precision(control.url, info, io.run(control.server_info()), config.sglang.rollout_precision)
         push = _push(config, parallel, folder, tell, io, controls, pool)
     except BaseException:
         fleet.stop()
@@ -134,12 +139,15 @@ def make_transport(config: Config, parallel: Parallel, folder: Path, io: IoThrea
         folder: Hugging Face folder of the policy.
     """
     sglang = config.sglang
+    in_fp8 = sglang.rollout_precision == "fp8_blockwise"
+    encode = all_encoded if in_fp8 else iter
     server_ranks, bucket_bytes = max(1, sglang.gpus_per_server), sglang.weight_bucket_mib * MIB
     if sglang.weight_transport == "disk":
         write = functools.partial(
             export_hf,
             hf_dir=folder,
-            dtype=torch_dtype(config.model.params_dtype),
+            dtype=None if in_fp8 else torch_dtype(config.model.params_dtype),
+            in_fp8=in_fp8,
             group=parallel.control_group,
             is_rank0=parallel.is_rank0,
             max_file_bytes=bucket_bytes // FILE_COPIES,
@@ -154,7 +162,7 @@ def make_transport(config: Config, parallel: Parallel, folder: Path, io: IoThrea
         num_servers = len(server_urls(config)) or sglang.num_servers
         on_devices = [range(index * server_ranks, (index + 1) * server_ranks) for index in range(num_servers)]
         return HandleTransport(
-            functools.partial(iterate_hf_tensors, group=parallel.control_group, to_rank=None),
+            lambda weights: encode(iterate_hf_tensors(weights, parallel.control_group, None)),
             bucket_bytes,
             on_devices if sglang.gpus_per_server else [(0,)] * num_servers,
             parallel.device,
@@ -162,11 +170,12 @@ def make_transport(config: Config, parallel: Parallel, folder: Path, io: IoThrea
             io,
         )
     if sglang.weight_transport == "tensor":
-        export = functools.partial(iterate_hf_tensors, group=parallel.control_group)
-        return TensorTransport(export, bucket_bytes, server_ranks)
+        return TensorTransport(
+            lambda weights: encode(iterate_hf_tensors(weights, parallel.control_group)), bucket_bytes, server_ranks
+        )
     on_gpus = sglang.gpus_per_server > 0
     return CollectiveTransport(
-        lambda weights, stage: iterate_hf_tensors(weights, stage.group, stage.speaker),
+        lambda weights, stage: encode(iterate_hf_tensors(weights, stage.group, stage.speaker)),
         make_stages(parallel.pp_rank, parallel.control_group),
         parallel.control_group,
         bucket_bytes,

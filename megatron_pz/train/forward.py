@@ -29,6 +29,9 @@ from megatron_pz.types import MicroBatch
 LogProbs = Sequence[np.ndarray]
 """float32 [T] for each micro-batch of a rank, whole rows; 0 where nothing is trained."""
 
+LOG_PROBS, ENTROPIES = 0, 1
+"""Rows of the model's output."""
+
 
 @dataclass(frozen=True, eq=False)
 class DeviceBatch:
@@ -174,6 +177,50 @@ def run_schedule(
             None
         )  # else the last micro-batch's, and its gradient, stay till the next
     return collected
+
+
+@torch.no_grad()
+def scored_rows(
+    chunks: Sequence[DistributedDataParallel],
+    micro_batches: Sequence[MicroBatch],
+    row: int,
+    platform: Platform,
+    *,
+    temperature: float,
+    replays_routing: bool,
+) -> list[np.ndarray]:
+    """A row of the model's output, `LOG_PROBS` or `ENTROPIES`, of the trained tokens: float32 [T] a micro-batch, 0 elsewhere.
+
+    Collective as `run_schedule`; the result is on every rank of a pipeline.
+    """
+
+    def keep(batch: DeviceBatch, output: Tensor) -> tuple[Tensor, Tensor, np.ndarray]:
+        return output.sum(), (batch.weights > 0).sum().int(), output[row].cpu().numpy()
+
+    if not micro_batches:
+        return []
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        scored = run_schedule(
+            chunks,
+            micro_batches,
+            keep,
+            platform,
+            temperature=temperature,
+            forward_only=True,
+            replays_routing=replays_routing,
+        )
+    finally:
+        for chunk in chunks:
+            chunk.train()
+    scored = whole_rows(scored, micro_batches)
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        box = [scored]
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast_object_list(box, last, parallel_state.get_pipeline_model_parallel_group())
+        scored = box[0]
+    return scored
 
 
 def whole_rows(shares: Sequence[np.ndarray], micro_batches: Sequence[MicroBatch]) -> list[np.ndarray]:

@@ -18,6 +18,7 @@ from megatron_pz import __version__
 from megatron_pz.config.load import to_toml
 from megatron_pz.config.schema import Config
 from megatron_pz.errors import DiskError
+from megatron_pz.report.alarms import Watch, told
 from megatron_pz.report.console import Console
 from megatron_pz.report.timers import Timers
 from megatron_pz.report.writers import RunWriter
@@ -45,10 +46,10 @@ class SilentJournal:
 
 
 class RunJournal:
-    """Metrics, rollouts and console of a run."""
+    """Metrics, rollouts and console of a run. An alarm is told when it first sounds in the run, restarts included."""
 
-    def __init__(self, writer: RunWriter, console: Console, config: Config) -> None:
-        self.writer, self.console, self.config = writer, console, config
+    def __init__(self, writer: RunWriter, console: Console, config: Config, watch: Watch | None = None) -> None:
+        self.writer, self.console, self.config, self._watch = writer, console, config, watch or Watch()
 
     def write(
         self,
@@ -68,10 +69,13 @@ class RunJournal:
             if update.applied:
                 metrics |= {"loss": update.loss, "grad_norm": update.grad_norm, **update.metrics}
         metrics |= {**scores, "memory/rss_bytes": float(psutil.Process().memory_info().rss), **timers.lap()}
-        self.writer.metrics(step, metrics)
+        alarms = self._watch.see({"step": step, **metrics})
+        self.writer.metrics(step, metrics | {"alarms/sounding": float(self._watch.num_sounding())})
         if played and played.groups:
             self.writer.rollouts(journal_rows(played.groups, step))
         self.console.step(step, metrics)
+        for alarm in alarms:
+            self.console.message(told(alarm, step))
         if played and scores and self.config.report.show_rollouts:
             self.console.show_games(played.groups, self.config.report.show_rollouts)
 

@@ -28,12 +28,13 @@ from megatron_pz.corpus.playable import read_playable
 from megatron_pz.corpus.store import CARD
 from megatron_pz.corpus.tokenizer import check_vocab, load_tokenizer
 from megatron_pz.engine.base import Engine, converse
-from megatron_pz.errors import ConfigError, CorpusError, MegatronPZError
-from megatron_pz.evaluate.fixed_masks import FixedMasks, fixed_set, score
+from megatron_pz.errors import GRACE_S, ConfigError, MegatronPZError
+from megatron_pz.evaluate.fixed_masks import FixedMasks, score
 from megatron_pz.game.prompts import Templates
 from megatron_pz.models.folder import read_hf_config, resolve_folder
 from megatron_pz.platform.base import Platform, torch_dtype
 from megatron_pz.platform.select import select_platform
+from megatron_pz.report.alarms import Watch
 from megatron_pz.report.console import Console
 from megatron_pz.report.jsonl import METRICS_FILE, read_rows
 from megatron_pz.report.page import write_page
@@ -49,6 +50,7 @@ from megatron_pz.train.collector import spared_collector
 from megatron_pz.train.deal import deal
 from megatron_pz.train.engines import make_engine
 from megatron_pz.train.entropies import with_entropies
+from megatron_pz.train.fixed_sets import fixed_sets
 from megatron_pz.train.journal import RunJournal, SilentJournal, describe_run, hashes
 from megatron_pz.train.learn import Learner
 from megatron_pz.train.loop import run
@@ -61,10 +63,7 @@ from megatron_pz.train.record import NoRecord, Record, ServerRecord
 from megatron_pz.train.signals import StopSignals
 from megatron_pz.train.state import RunState
 from megatron_pz.train.step import Trainer
-from megatron_pz.types import Paragraph, Tokenizer
-
-GRACE_S = 20.0
-"""What other ranks give rank 0 to say what is wrong with the settings."""
+from megatron_pz.types import Paragraph
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,7 +111,7 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
     templates = Templates.load(config.task.template_dir, config.task.prompt_style)
     task = make_task(config.task, config.engine, tokenizer, templates, config.verifier)
     paragraphs, counts = read_playable(config.corpus.data_path, config, tokenizer, task.prompt_ids)
-    sets = _fixed_sets(config, task, tokenizer, templates, paragraphs) if config.evaluate.eval_interval else []
+    sets = fixed_sets(config, tokenizer, templates, paragraphs) if config.evaluate.eval_interval else []
 
     chunks = build_model(hf_config, config, platform, parallel)
     if config.checkpoint.load:
@@ -222,7 +221,9 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
                 engine=engine,
                 memory=_memory(config, engine, trainer, platform),
                 evaluate=_evaluator(config, sets, engine, writer),
-                journal=RunJournal(writer, console, config) if writer else SilentJournal(),
+                journal=RunJournal(writer, console, config, Watch(read_rows(run_dir / METRICS_FILE)))
+                if writer
+                else SilentJournal(),
                 save=save,
                 settle=settle,
                 rescue=rescue,
@@ -258,22 +259,6 @@ def _memory(config: Config, engine: Engine, trainer: Trainer, platform: Platform
     if not config.sglang.colocate:
         return OwnMemory(platform)
     return SharedMemory(engine.sleep, engine.wake, trainer.sleep, trainer.wake, platform)
-
-
-def _fixed_sets(
-    config: Config, task: object, tokenizer: Tokenizer, templates: Templates, paragraphs: Sequence[Paragraph]
-) -> list[tuple[FixedMasks, Asker]]:
-    asker = Asker(config.task, config.engine, tokenizer, templates)
-    sets = [(fixed_set("fixed_masks", paragraphs, asker, config.evaluate, config.task), asker)]
-    if config.corpus.held_out_path:
-        try:
-            held_out, _ = read_playable(
-                config.corpus.held_out_path, config, tokenizer, lambda text: asker.mask_prompt(text).ids
-            )
-        except CorpusError as error:
-            raise CorpusError(f"--held-out-path: {error} Left empty, none is scored.") from error
-        sets.append((fixed_set("held_out", held_out, asker, config.evaluate, config.task), asker))
-    return sets
 
 
 def _evaluator(

@@ -30,6 +30,7 @@ def policy_loss(
     importance: Tensor | None = None,
     ref_log_probs: Tensor | None = None,
     kl_coef: float = 0.0,
+    is_generator: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped objective, negated, and what it did.
 
@@ -45,9 +46,11 @@ def policy_loss(
             are means over tokens that the engine drew. None: 1.
         ref_log_probs: float32 [T], under the reference policy; None: no KL term.
         kl_coef: weight of the KL to the reference, estimated a token by exp(d) - 1 - d, d = ref_log_probs - log_probs.
+        is_generator: bool [T], tokens of mask generation; None: the roles are not told apart.
 
     Returns:
-        (sum of weights * loss, scalar; sums: `ratio`, `clipped` tokens whose gradient the clip took away, `ref_kl`).
+        (sum of weights * loss, scalar; sums: `ratio`, `clipped` tokens whose gradient the clip took away, `ref_kl`, and the
+        loss by role, `loss_mask` and `loss_prediction`).
 
     Source: paper Eq. 11 by tokens (docs/paper.md 2.7); clip-higher: DAPO; dual clip: Ye et al. 2020; k3: Schulman 2020.
     """
@@ -66,7 +69,34 @@ def policy_loss(
         counted["ref_kl"] = ref_kl
     if importance is not None:
         loss = loss * _kept(importance, is_trained)
-    return (_kept(weights, is_trained) * loss).sum(), _sums(counted)
+    loss = _kept(weights, is_trained) * loss
+    if is_generator is not None:
+        counted["loss_mask"] = _kept(loss, is_generator)
+        counted["loss_prediction"] = _kept(loss, ~is_generator)
+    return loss.sum(), _sums(counted)
+
+
+def logit_pull(loss: Tensor, log_probs: Tensor, weights: Tensor, is_generator: Tensor) -> dict[str, Tensor]:
+    """How hard the loss pulls at the logits of the tokens that were sampled: what each role has in the gradient.
+
+    A token pulls at its own logit with d loss / d log_prob * (1 - p), p its probability: the chain rule through the
+    softmax (times 1 / temperature, which is the same for all). This is not the gradient of the weights: how logits
+    depend on them is left out, and with it that the pulls of tokens may add up or cancel; so are the other words' logits.
+    (In the demo the squared share of mask generation is 0.27 to 0.36 by it and 0.09 to 0.17 in the weights: docs/LOG.md.)
+    It costs no second backward. Clipped tokens, and those that the policy is sure of, pull with nothing.
+
+    Args:
+        loss: scalar, made of `log_probs`, its graph alive.
+        log_probs: float32 [T], what it was made of.
+        weights: float32 [T]; 0: not trained.
+        is_generator: bool [T].
+
+    Returns:
+        Sums of squares, `pull_mask` and `pull_prediction`.
+    """
+    (slope,) = torch.autograd.grad(loss, log_probs, retain_graph=True)
+    pull = _kept(slope * -torch.expm1(log_probs.detach()), weights > 0).double().square()
+    return _sums({"pull_mask": _kept(pull, is_generator), "pull_prediction": _kept(pull, ~is_generator)})
 
 
 def importance_weights(

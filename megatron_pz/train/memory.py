@@ -13,6 +13,8 @@ from megatron_pz.platform.base import Platform
 
 
 class Memory(Protocol):
+    """Hands memory from play to update and back."""
+
     def to_trainer(self) -> None:
         """Play is over."""
         ...

@@ -38,8 +38,6 @@ class Parallel:
     tp_size: int
     pp_rank: int
     pp_size: int
-    ep_rank: int
-    ep_size: int
     cp_rank: int
     cp_size: int
     num_chunks: int  # model chunks of a pipeline rank
@@ -123,8 +121,6 @@ def this_rank(
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
-        ep_rank=parallel_state.get_expert_model_parallel_rank(),
-        ep_size=parallel_state.get_expert_model_parallel_world_size(),
         cp_rank=parallel_state.get_context_parallel_rank(),
         cp_size=parallel_state.get_context_parallel_world_size(),
         num_chunks=config.virtual_pipeline_model_parallel_size,

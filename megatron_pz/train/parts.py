@@ -18,6 +18,8 @@ from megatron_pz.types import UpdatePlan, UpdateResult
 
 
 class Journal(Protocol):
+    """Where steps go on record."""
+
     def write(
         self,
         step: int,
@@ -37,6 +39,8 @@ class Journal(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
+    """All of them, by the stage of the loop that they serve."""
+
     rounds: Rounds
     deal: Callable[[Round | None, int], list[UpdatePlan]]
     learner: Learner

@@ -56,6 +56,8 @@ class Begun(Protocol):
 
 
 class Player(Protocol):
+    """Turns paragraphs into a round."""
+
     def begin(self, step: int, paragraphs: Sequence[Paragraph], version: int) -> Begun:
         """Begin the round of `step`. All ranks, in the order of the steps.
 
@@ -119,6 +121,8 @@ class Rounds:
 
 
 class Keep(Protocol):
+    """Puts a record between the game and the engine."""
+
     def __call__(self, generate: Generate, step: int, version: int) -> Generate:
         """`generate` with a record of completions in front of it; `version` as in `Player.begin`."""
         ...

@@ -19,6 +19,8 @@ from megatron_pz.types import Generate
 
 
 class Record(Protocol):
+    """What a killed trainer finds of the round that it was in."""
+
     def keep(self, generate: Generate, step: int, version: int) -> Generate:
         """See `train.play.Keep`."""
         ...

@@ -13,15 +13,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megatron_pz.config.schema import Config
 from megatron_pz.errors import LayoutError, NumericsError
 from megatron_pz.platform.base import Platform
-from megatron_pz.train.forward import DeviceBatch, LogProbs, run_schedule, whole_rows
-from megatron_pz.train.loss import importance_weights, policy_loss, supervised_loss, token_sums
+from megatron_pz.train.forward import ENTROPIES, LOG_PROBS, DeviceBatch, LogProbs, run_schedule, scored_rows
+from megatron_pz.train.loss import importance_weights, logit_pull, policy_loss, supervised_loss, token_sums
 from megatron_pz.train.optimizer import LrSchedule, build_optimizer, set_learning_rate
 from megatron_pz.train.parallel import Parallel
 from megatron_pz.types import MicroBatch, UpdatePlan, UpdateResult
@@ -29,12 +28,10 @@ from megatron_pz.types import MicroBatch, UpdatePlan, UpdateResult
 SUPERVISED_TASKS = ("continue_pt", "sft")
 SUMS = (
     *("loss", "tokens", "packed", "tokens_mask", "entropy_mask", "entropy_prediction"),
+    *("loss_mask", "loss_prediction", "pull_mask", "pull_prediction"),
     *("ratio", "clipped", "importance_clipped", "replayed", "mismatch_k3", "ref_kl", "broken"),
 )
 """What micro-batches add to a step's metrics, see `train.loss`; `broken` counts those whose loss is not finite."""
-
-_LOG_PROBS, _ENTROPIES = 0, 1
-"""Rows of the model's output."""
 
 
 class Trainer:
@@ -146,43 +143,23 @@ class Trainer:
             micro_batches: of this rank's `dp_rank`.
             replays_routing: under `train.routing_replay`, on the experts that the micro-batches name, as `step`.
         """
-        return self._forward(micro_batches, _LOG_PROBS, replays_routing)
+        return self._forward(micro_batches, LOG_PROBS, replays_routing)
 
     @torch.no_grad()
     def entropies(self, micro_batches: Sequence[MicroBatch]) -> list[np.ndarray]:
         """Entropies of the distributions that trained tokens are drawn from, in nats; as `score`, routers choose."""
-        return self._forward(micro_batches, _ENTROPIES, replays_routing=False)
+        return self._forward(micro_batches, ENTROPIES, replays_routing=False)
 
     def _forward(self, micro_batches: Sequence[MicroBatch], row: int, replays_routing: bool) -> list[np.ndarray]:
         """A row of the model's output for each micro-batch."""
-
-        def keep(batch: DeviceBatch, output: Tensor) -> tuple[Tensor, Tensor, np.ndarray]:
-            return output.sum(), _count(batch.weights), output[row].cpu().numpy()
-
-        if not micro_batches:
-            return []
-        for chunk in self.chunks:
-            chunk.eval()
-        try:
-            scored = run_schedule(
-                self.chunks,
-                micro_batches,
-                keep,
-                self.platform,
-                temperature=self.temperature,
-                forward_only=True,
-                replays_routing=replays_routing,
-            )
-        finally:
-            for chunk in self.chunks:
-                chunk.train()
-        scored = whole_rows(scored, micro_batches)
-        if self.parallel.pp_size > 1:
-            box = [scored]
-            last = parallel_state.get_pipeline_model_parallel_last_rank()
-            dist.broadcast_object_list(box, last, parallel_state.get_pipeline_model_parallel_group())
-            scored = box[0]
-        return scored
+        return scored_rows(
+            self.chunks,
+            micro_batches,
+            row,
+            self.platform,
+            temperature=self.temperature,
+            replays_routing=replays_routing,
+        )
 
     def objective(self, batch: DeviceBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(summed loss, trained tokens, statistics) of this rank's tokens of a micro-batch; `output` is [2, T]."""
@@ -226,8 +203,9 @@ class Trainer:
             importance=importance,
             ref_log_probs=batch.ref_log_probs,
             kl_coef=train.kl_coef,
+            is_generator=batch.is_generator,
         )
-        return loss, stats | importance_stats
+        return loss, stats | importance_stats | logit_pull(loss, log_probs, batch.weights, batch.is_generator)
 
     def _reduced(self, collected: Sequence[Mapping[str, Tensor]]) -> tuple[dict[str, float], float]:
         """`SUMS` over all micro-batches and ranks, and the largest mismatch."""
@@ -262,8 +240,12 @@ class Trainer:
             return metrics | {"entropy": (sums["entropy_mask"] + sums["entropy_prediction"]) / tokens}
         if of_masks:
             metrics["entropy/mask"] = sums["entropy_mask"] / of_masks
+            metrics["loss/mask"] = sums["loss_mask"] / tokens
         if tokens > of_masks:
             metrics["entropy/prediction"] = sums["entropy_prediction"] / (tokens - of_masks)
+            metrics["loss/prediction"] = sums["loss_prediction"] / tokens
+        if 0 < of_masks < tokens and (pull := sums["pull_mask"] + sums["pull_prediction"]):
+            metrics["grad_share/mask"] = sums["pull_mask"] / pull
         if self.config.train.kl_coef > 0:
             metrics["ref_kl"] = sums["ref_kl"] / tokens
         if self.config.train.importance_sampling != "off":

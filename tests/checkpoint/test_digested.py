@@ -1,6 +1,7 @@
 """Digests made beside the writing are those of the file; mapped numbers are the file's (checkpoint/digested.py)."""
 
-import hashlib
+import errno
+import zlib
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from megatron_pz.checkpoint import digested
 from megatron_pz.checkpoint.digested import DigestedFile, MappedFile, exact
 
 
-def test_the_digest_is_that_of_the_file_however_its_bytes_came(tmp_path, monkeypatch):
-    monkeypatch.setattr(digested, "BEHIND", 100)  # the digest is waited for
+def test_the_checksum_is_that_of_the_file_however_its_bytes_came(tmp_path, monkeypatch):
+    monkeypatch.setattr(digested, "BEHIND", 100)  # the checksum is waited for
+    monkeypatch.setattr(digested, "FLUSH_EVERY", 64)
+    monkeypatch.setattr(digested, "SMALL", 32)  # some are gathered, some are not
     file = DigestedFile(tmp_path / "a")
     buffer = bytearray(b"changed after it was written")
     file.write(memoryview(buffer))
@@ -21,15 +24,34 @@ def test_the_digest_is_that_of_the_file_however_its_bytes_came(tmp_path, monkeyp
     told = file.finish()
     written = (tmp_path / "a").read_bytes()
     assert written.startswith(b"changed after it was written") and len(written) == 28 + 4 * 1007
-    assert told == hashlib.sha256(written).hexdigest()
+    assert told == f"crc32:{zlib.crc32(written):08x}"
 
 
-def test_a_broken_file_is_closed_without_a_digest(tmp_path):
+def test_the_disk_begins_before_the_end_and_what_it_says_is_told(tmp_path, monkeypatch):
+    asked = []
+
+    def full(handle):
+        asked.append(handle)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(digested, "FLUSH_EVERY", 64)
+    monkeypatch.setattr(digested, "SMALL", 1)
+    monkeypatch.setattr(digested.os, "fdatasync", full)
+    file = DigestedFile(tmp_path / "a")
+    file.write(bytes(63))
+    assert not asked
+    file.write(bytes(1))
+    with pytest.raises(OSError, match="No space left"):
+        file.finish()
+    assert len(asked) == 1
+
+
+def test_a_broken_file_is_closed_without_a_checksum(tmp_path):
     file = DigestedFile(tmp_path / "a")
     file.write(b"half")
     file.close()
     with pytest.raises(RuntimeError, match="after shutdown"):
-        file.write(b"more")
+        file.finish()
 
 
 def test_mapped_numbers_may_stand_at_odd_places_and_outlive_their_pages(tmp_path, monkeypatch):

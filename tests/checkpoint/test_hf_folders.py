@@ -14,8 +14,10 @@ from megatron_pz.platform.select import select_platform
 PLATFORM = select_platform("cpu")
 
 from megatron_pz.checkpoint import hf_export  # noqa: E402
+from megatron_pz.checkpoint.fp8 import all_encoded  # noqa: E402
 from megatron_pz.checkpoint.hf_export import export_hf  # noqa: E402
 from megatron_pz.checkpoint.hf_import import load_hf_weights  # noqa: E402
+from megatron_pz.config.fp8 import QUANTIZATION_CONFIG  # noqa: E402
 from megatron_pz.config.schema import Config, ModelConfig  # noqa: E402
 from megatron_pz.errors import DiskError, ModelError  # noqa: E402
 from megatron_pz.models.folder import read_hf_config  # noqa: E402
@@ -100,6 +102,17 @@ def test_half_precision_comes_in_as_float32_and_goes_out_as_it_was(dtype, tmp_pa
     export_hf([model], tmp_path / "in", tmp_path / "out", dtype=dtype)
     assert same(hf_models.tensors(tmp_path / "in"), hf_models.tensors(tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_a_folder_in_fp8_says_so_and_holds_the_blocks_of_its_weights(qwen, tmp_path):
+    model = policy(qwen)
+    load_hf_weights([model], qwen)
+    export_hf([model], qwen, tmp_path / "out", in_fp8=True)
+    expected = dict(all_encoded(hf_models.tensors(qwen).items()))
+    found = hf_models.tensors(tmp_path / "out")
+    assert found.keys() == expected.keys() and any(name.endswith("_scale_inv") for name in found)
+    assert all(torch.equal(found[name].float(), expected[name].float()) for name in expected)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == QUANTIZATION_CONFIG
 
 
 def test_float32_weights_are_rounded_to_bfloat16_parameters(qwen):

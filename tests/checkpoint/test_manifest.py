@@ -1,18 +1,18 @@
 """What a checkpoint says of itself, and every way in which it can be wrong."""
 
+import hashlib
 import json
 
 import pytest
 
+from megatron_pz.checkpoint.checksum import BLOCK
 from megatron_pz.checkpoint.manifest import (
-    BLOCK,
     FORMAT,
     MANIFEST,
     check_manifest,
     damage,
     fingerprint,
     read_manifest,
-    sha256,
     share,
     write_manifest,
 )
@@ -33,10 +33,9 @@ def folder(tmp_path):
 def test_a_whole_folder_passes_with_its_facts(folder):
     manifest = check_manifest(folder, MODEL)
     assert (manifest["format"], manifest["step"]) == (FORMAT, 3)
-    assert manifest["files"]["shards/a.distcp"] == {"bytes": 10, "sha256": sha256(folder / "shards" / "a.distcp")}
+    # printf 0123456789 | gzip -c | tail -c8 | od -An -tx4 -N4
+    assert manifest["files"]["shards/a.distcp"] == {"bytes": 10, "checksum": "crc32:a684c7c6"}
     assert set(manifest["files"]) == {"shards/a.distcp", "run_state.json"}
-    # echo -n 0123456789 | sha256sum
-    assert manifest["files"]["shards/a.distcp"]["sha256"].startswith("84d89877f0d4041efb6bf91a16f0248f2fd573e6af05c19f")
 
 
 @pytest.mark.parametrize(
@@ -48,7 +47,7 @@ def test_a_whole_folder_passes_with_its_facts(folder):
         (lambda f: (f / MANIFEST).unlink(), "no readable manifest.json .*No such file.* Move it away"),
         (lambda f: (f / MANIFEST).write_text('{"format"'), "no readable manifest.json"),
         (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe"), "no readable manifest.json"),
-        (lambda f: (f / MANIFEST).write_text("[]"), "format is None, wanted 'megatron_pz checkpoint 2'"),
+        (lambda f: (f / MANIFEST).write_text("[]"), "format is None, wanted 'megatron_pz checkpoint 3'"),
         (lambda f: (f / MANIFEST).write_text('{"format": "other 9"}'), "format is 'other 9', wanted"),
     ],
 )
@@ -110,7 +109,23 @@ def test_ranks_share_the_files_so_that_each_is_read_once_and_all_read_as_much():
     assert sorted(name for mine in shares for name in mine) == sorted(files)
 
 
-def test_a_checkpoint_of_the_first_format_is_read(folder):
-    manifest = json.loads((folder / MANIFEST).read_text()) | {"format": "megatron_pz checkpoint 1"}
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_checkpoint_of_an_earlier_format_is_read_and_its_damage_found(folder, number):
+    manifest = json.loads((folder / MANIFEST).read_text()) | {"format": f"megatron_pz checkpoint {number}"}
+    # printf 0123456789 | sha256sum
+    digest = "84d89877f0d4041efb6bf91a16f0248f2fd573e6af05c19f96bedb9f882f7882"
+    manifest["files"]["shards/a.distcp"] = {"bytes": 10, "sha256": digest}
+    manifest["files"]["run_state.json"] = {"bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    assert check_manifest(folder, MODEL)["format"] == "megatron_pz checkpoint 1"
+    assert check_manifest(folder, MODEL) == manifest
+    (folder / "shards" / "a.distcp").write_bytes(b"012345678x")
+    with pytest.raises(CheckpointError, match=r"damaged: shards/a.distcp was altered after it was written\.$"):
+        check_manifest(folder, MODEL)
+
+
+def test_a_checksum_that_is_not_known_is_refused_by_name(folder):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"]["shards/a.distcp"]["checksum"] = "xxh9:00"
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="'xxh9' is not known here, crc32 and sha256 are: a newer version"):
+        check_manifest(folder, MODEL)

@@ -125,6 +125,7 @@ def test_a_layout_that_fits_passes(fields, world_size):
             {"engine": "sglang", "colocate": True, "num_servers": 3, "gpus_per_server": 2},
             r"num_servers 3 x sglang\.gpus_per_server 2 = 6 GPUs, and the trainer has 1",
         ),
+        ({"engine": "sglang", "rollout_precision": "fp8_blockwise"}, r"gpus_per_server 0: SGLang computes FP8 on GPUs"),
         ({"engine": "sglang", "colocate": True, "async_steps": 1}, r"colocate is true with engine\.async_steps 1"),
         ({"importance_cap": 1.0}, r"importance_cap is 1\.0; it must be above 1"),
         ({"router_url": "http://r:1"}, r"router_url is set and sglang\.server_urls is empty"),

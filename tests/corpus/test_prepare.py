@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_pz.config.schema import Config, CorpusConfig, TaskConfig
-from megatron_pz.corpus.extract import PrepareSettings
+from megatron_pz.corpus.extract import Extractor, PrepareSettings
 from megatron_pz.corpus.playable import read_playable
 from megatron_pz.corpus.prepare import prepare
 from megatron_pz.corpus.quality import quality_reason
@@ -108,6 +108,14 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_pz.corpus.prepare.BATCH_DOCUMENTS", 2)
     whole = made(tmp_path, source, "whole")
     settings = PrepareSettings(TOKENIZER, min_tokens=8, held_out=0.0)
+    extracted = []
+    extract = Extractor.__call__
+
+    def counted(self, batch):
+        extracted.append([document.key for _, document in batch])
+        return extract(self, batch)
+
+    monkeypatch.setattr(Extractor, "__call__", counted)
 
     def stop(batches, size):
         if batches == 2:
@@ -117,6 +125,7 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path, monkeypatch):
         prepare([source], tmp_path / "out", settings, tell=stop)
     assert not (tmp_path / "out").exists() and len(list((tmp_path / ".tmp-out" / "batches").iterdir())) == 2
     assert prepare([source], tmp_path / "out", settings)["output_sha256"] == whole["output_sha256"]
+    assert len(extracted) == 4 and len({tuple(keys) for keys in extracted}) == 4  # none was made twice
 
 
 def test_texts_of_an_evaluation_set_are_left_out(tmp_path):
@@ -174,6 +183,32 @@ def test_a_run_believes_the_lengths_of_its_own_tokenizer_and_measures_otherwise(
 )
 def test_filters_by_script_and_form(text, language, reason):
     assert quality_reason(text, language) == reason
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'a<ref>x<b>y</b></ref>b<REF name="x/y">q</REF >c<ref name=a /> t<ref>u</ref> v.',
+        "a <ref>open, never closed, and <ref>in</ref> b.",
+        "<nowiki><ref></nowiki> is how a note <ref>b</ref> begins.",
+        "x<!-- <ref> -->y<ref>z<!-- </ref> --></ref>w.",
+        "http://x.org/a<ref>r</ref>.Then it goes on.",
+        "A<references><ref name=q>z</ref></references><references/>b.",
+        "{{convert|5<ref>x</ref>|km}} away, {{efn|a <ref>b</ref>}} as said.",
+        "A\n:{| class=a\n| x || {{t\n|}}\n{|\n| inner\n|}\n|-\n|<ref>x\n|}</ref>\n|} tail\nB.",
+        "A {| no table |} b.\n{|\n| never closed\nC.",
+        "{{Box\n|x=\n{|\n| a\n|}\n}}\nB.\n{|\n{{row}}\n|}}\nC.",
+        AMBER,
+    ],
+)
+def test_cutting_references_and_tables_out_first_changes_no_paragraph(text, monkeypatch):
+    found = wiki_paragraphs(text)
+    monkeypatch.setattr("megatron_pz.corpus.wikitext.cut_out", lambda text: text)
+    assert wiki_paragraphs(text) == found and found
+
+
+def test_a_measure_keeps_its_figures_where_a_note_stands_in_them():
+    assert wiki_paragraphs("It is {{convert|5<ref>x</ref>|km}} away.") == ["It is 5 km away."]
 
 
 def test_a_korean_page_loses_its_own_file_links():

@@ -123,6 +123,15 @@ def test_each_server_has_its_own_port_log_seed_and_gpus(tmp_path):
     }
 
 
+def test_servers_with_fp8_weights_start_empty_and_with_room_for_them(tmp_path):
+    given = config(sglang={"gpus_per_server": 1, "rollout_precision": "fp8_blockwise"})
+    (spec,) = server_specs(given, tmp_path, tmp_path / "run", "key", context_length=512)
+    assert spec.flags["load-format"] == "dummy"
+    arguments = command(spec, tmp_path / "config.json")
+    found = json.loads(arguments[arguments.index("--json-model-override-args") + 1])["quantization_config"]
+    assert found["quant_method"] == "fp8" and found["weight_block_size"] == [128, 128]
+
+
 def test_the_context_is_what_the_run_asks_for_and_the_model_takes():
     given = config(task={"max_prompt_tokens": 100}, engine={"max_response_tokens": 50})
     assert context_length(given, {"max_position_embeddings": 4096}) == 150

@@ -90,7 +90,8 @@ async def test_ids_of_numpy_are_sent_as_numbers(fake, client):
 
 
 async def test_every_setting_of_the_sampling_reaches_the_server_under_the_key(fake, client):
-    await client.generate("name", [1], SamplingParams(2, temperature=0.5, top_p=0.9, top_k=7, stop_token_ids=(4, 5)))
+    params = SamplingParams(2, temperature=0.5, top_p=0.9, top_k=7, stop_token_ids=(4, 5), seed=2**63 - 1)
+    await client.generate("name", [1], params)
     await client.generate("other", [1], SamplingParams(2))
     first, second = fake.received
     assert first == {
@@ -102,6 +103,7 @@ async def test_every_setting_of_the_sampling_reaches_the_server_under_the_key(fa
             "top_p": 0.9,
             "top_k": 7,
             "stop_token_ids": [4, 5],
+            "sampling_seed": 2**63 - 1,
         },
         "return_logprob": True,
     }

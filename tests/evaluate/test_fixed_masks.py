@@ -8,7 +8,7 @@ from builders import PLAIN, ByteTokenizer, TableEngine
 
 from megatron_pz.config.schema import EngineConfig, EvaluateConfig, TaskConfig
 from megatron_pz.errors import CorpusError
-from megatron_pz.evaluate.fixed_masks import fixed_set, score, wilson_interval
+from megatron_pz.evaluate.fixed_masks import fixed_set, score, shuffled_set, wilson_interval
 from megatron_pz.report.metrics import check
 from megatron_pz.tasks.ask import Asker
 from megatron_pz.types import Paragraph
@@ -99,3 +99,25 @@ def test_the_confidence_interval_is_wilson_s():
     assert (low, high) == (pytest.approx(0.1500, abs=2e-4), pytest.approx(0.8500, abs=2e-4))
     assert wilson_interval(0, 10)[0] == 0.0
     assert wilson_interval(10, 10)[1] == 1.0
+
+
+def test_the_probe_asks_the_same_questions_with_the_same_words_in_another_order():
+    config = EvaluateConfig(num_fixed_masks=6)
+    questions = made(config)
+    probe = shuffled_set(questions, ASKER, config)
+    assert probe == shuffled_set(questions, ASKER, config) and probe.name == "shuffled"
+    pairs = list(zip(questions.masks, probe.masks, strict=True))
+    for asked, mixed in pairs:
+        assert mixed.answer == asked.answer and ASKER.fits(mixed)
+        assert sorted(mixed.masked_text.split()) == sorted(asked.masked_text.replace("[mask]", " [mask] ").split())
+    assert all(mixed.masked_text != asked.masked_text for asked, mixed in pairs)
+    metrics, _ = asyncio.run(score(probe, ASKER, TableEngine(lambda prompt, params: "\\boxed{Fe}"), config))
+    check(metrics)
+    assert set(metrics) == {"eval/shuffled/accuracy", "eval/shuffled/format_rate"}
+
+
+def test_a_shuffled_question_that_no_longer_fits_is_left_out():
+    questions = made()
+    tight = Asker(TaskConfig(max_prompt_tokens=60, span_max_words=2), EngineConfig(), ByteTokenizer(), PLAIN)
+    probe = shuffled_set(questions, tight, EvaluateConfig())
+    assert len(probe.masks) < len(questions.masks) and all(tight.fits(mask) for mask in probe.masks)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_pz.game.masking import MASK_TOKEN, cuts_no_word, hide, make_mask, occurrences, restore
+from megatron_pz.game.masking import MASK_TOKEN, cuts_no_word, hide, make_mask, occurrences, restore, shuffle_context
 from megatron_pz.types import Paragraph
 
 TEXT = st.text(alphabet="ab ñ東\U0001f5fc", min_size=1, max_size=30)
@@ -69,3 +69,19 @@ def test_one_mask_draws_each_place_about_equally_often():
 )
 def test_a_cut_between_two_word_characters_cuts_a_word(text, answer, whole):
     assert cuts_no_word(text, occurrences(text, answer)[0]) is whole
+
+
+def test_words_of_a_text_without_spaces_are_its_characters():
+    made = make_mask(
+        Paragraph("p", "東京は日本の首都です。東京"), "東京", [(0, 2), (11, 13)], "default", random.Random(0)
+    )
+    mixed = shuffle_context(made, random.Random(3)).masked_text
+    assert mixed != made.masked_text and mixed.count(MASK_TOKEN) == 2 and " " not in mixed
+    assert sorted(mixed.replace(MASK_TOKEN, "")) == sorted("は日本の首都です。")
+
+
+def test_a_character_keeps_its_marks_in_the_shuffle():
+    text = "cafe\u0301xyz"
+    made = make_mask(Paragraph("p", text), "x", [(5, 6)], "default", random.Random(0))
+    for seed in range(9):
+        assert "e\u0301" in shuffle_context(made, random.Random(seed)).masked_text

@@ -5,7 +5,13 @@ import random
 
 import pytest
 
-from megatron_pz.game.rewards import INVALID_MASK_REWARD, expected_mask_reward, mask_reward, prediction_reward
+from megatron_pz.game.rewards import (
+    INVALID_MASK_REWARD,
+    expected_mask_reward,
+    format_reward,
+    mask_reward,
+    prediction_reward,
+)
 
 TABLE_OF_8 = [0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0]  # docs/paper.md 2.5
 
@@ -14,6 +20,11 @@ def test_a_prediction_earns_one_for_the_hidden_text_and_nothing_else():
     assert prediction_reward(" Paris", "Paris") == 1.0
     assert [prediction_reward(answer, "elevation") for answer in ("elevate", "Elevation", "", None)] == [0.0] * 4
     assert prediction_reward("Elevation", "elevation", "casefold") == 1.0
+
+
+def test_format_alone_is_paid_the_same_for_right_and_wrong_and_not_for_nothing():
+    answers = ["elevation", "elevate", "!", "", "  ", r"\text{ }", "\u3000", None]
+    assert [format_reward(answer, "elevation") for answer in answers] == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(("num_correct", "wanted"), list(enumerate(TABLE_OF_8)))

@@ -20,10 +20,7 @@ from megatron_pz.platform import transformer_engine
 from megatron_pz.platform.select import select_platform
 
 pytestmark = pytest.mark.gpu
-BF16_LOGITS, BF16_GRADIENTS = (
-    3e-2,
-    0.25,
-)  # relative in norm; 0.14 is seen of gradients on a CPU, with these large weights
+BF16_LOGITS = 3e-2  # relative in norm
 FLOAT32 = 1e-4  # other kernels, other orders of sums
 RECIPES = ("blockwise", "tensorwise", "delayed")
 
@@ -49,9 +46,10 @@ def test_logits_in_bfloat16_are_those_of_transformers(platform, impl, name, tmp_
 def test_gradients_are_those_of_the_cpu_in_float32(platform, impl, name, tmp_path):
     folder = tmp_path / "hf"
     hf_models.make(name, folder)
+    cases.calm(folder)
     expected = cases.on_cpu("gradients", folder, tmp_path / "cpu.pt")
     found = cases.gradients(platform, folder, cases.settings(impl, "bfloat16"))
-    assert cases.largest_error(found, expected) < BF16_GRADIENTS
+    assert cases.largest_error(found, expected) < cases.BF16_GRADIENTS
     if impl == "local":
         assert cases.largest_error(cases.gradients(platform, folder, cases.settings(impl)), expected) < FLOAT32
 

@@ -71,6 +71,26 @@ def test_the_table_names_what_was_matched_and_the_reference(runs):
     assert text.splitlines()[-1].endswith("| 50.0% to 50.0% | reference |")
 
 
+def test_what_is_gained_beyond_format_is_told_where_one_is_paid_for_format_alone(runs, tmp_path):
+    form = write_run(tmp_path / "form" / "0", tokens=5.0, scores=[(0, 0), (0.25, 0.75), (0.25, 0.75)])
+    rows = compare([*runs, read_run("form", 0, form)], "cheap", format_control="form")
+    assert [row.beyond_format for row in rows] == [
+        pytest.approx(0.25),
+        0.0,
+        None,
+    ]  # a 1 - 0.25, b 0.5 - 0.75; 0.25 - 0.25
+    assert rows[0].beyond_format_interval == pytest.approx(half_interval([0.75, -0.25]))
+    assert rows[2].gain == pytest.approx(0.0)
+    header, line, *cells = markdown(rows, 80, "fixed_masks").splitlines()[2:]
+    assert header.endswith("| beyond format (95%) |") and header.count("|") == line.count("|")
+    assert [cell.count("|") for cell in cells] == [header.count("|")] * 3
+    assert cells[0].endswith("| +25.0 ± 147.0 | +25.0 ± 98.0 |") and cells[2].endswith(" ± 49.0 |  |")
+    assert budget(runs, "cheap") == 160  # it may stop early: 80 where it counts
+    assert compare(runs, "dear", format_control="cheap")[0].steps == 4
+    with pytest.raises(ReportError, match="reference is 'form'"):
+        compare(runs, "cheap", format_control="form")
+
+
 def test_a_reference_that_is_not_there_and_a_run_without_evaluations_are_named(runs, tmp_path):
     with pytest.raises(ReportError, match="reference is 'base'; it must be one of the variants: dear, cheap"):
         compare(runs, "base")

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron_pz.errors import ReportError
-from megatron_pz.report.metrics import METRICS, TABLE, check, markdown, out_of_range
+from megatron_pz.report.metrics import METRICS, TABLE, check, out_of_range
+from megatron_pz.report.reference import markdown
 from megatron_pz.tasks.base import HEALTH_METRICS, VERIFIER_METRICS
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"

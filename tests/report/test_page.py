@@ -12,6 +12,7 @@ from report.chromium import Chromium
 from report.recorded_run import TEXTS, record
 
 from megatron_pz.errors import DiskError, ReportError
+from megatron_pz.report.alarms import ALARMS
 from megatron_pz.report.jsonl import read_rows, to_line
 from megatron_pz.report.page import build_page, write_page
 
@@ -65,6 +66,26 @@ def test_settings_facts_and_attribution_are_on_the_page(browser, page):
     assert facts["Round"] == "4 paragraphs × 6 masks × 6 predictions"
     assert facts["Attribution"] == "Notes <made up> for a test & by nobody"
     assert 'hf_model = "examples/demo_policy"' in texts(browser, "#settings pre")[0]
+
+
+def test_every_alarm_stands_on_the_page_with_state_meaning_and_what_to_do(browser, tmp_path):
+    rows = [
+        {"step": s, "truncated_share/mask": 0.5, "mask/valid_rate": 0.9, "num_surviving_groups": 9.0}
+        for s in range(1, 8)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(map(to_line, rows)))
+    browser.open(write_page(tmp_path))
+    assert browser.complaints() == []
+    shown = browser.js(
+        "[...document.querySelectorAll('.alarms tbody tr')].map((r) => [...r.children].map((c) => c.textContent))"
+    )
+    states = {name.replace(" ", "_"): state for name, state, *_ in shown}
+    assert set(states) == {alarm.name for alarm in ALARMS} and shown[0][0] == "truncation"
+    assert states["truncation"] == "sounds first at step 3"
+    assert (states["invalid_masks"], states["near_misses"]) == ("silent ", "not measured ")
+    assert {(row[3], row[4]) for row in shown} == {(alarm.meaning, alarm.action) for alarm in ALARMS}
+    assert texts(browser, ".alarms .sign.past") == ["truncated_share/mask over 0.1: 0.5"]
+    assert texts(browser, "#alarms .note")[0].startswith(f"1 of {len(ALARMS)} sound")
 
 
 def test_the_mask_is_highlighted_in_its_paragraph_with_its_predictions(browser, page):

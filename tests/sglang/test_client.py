@@ -226,9 +226,12 @@ def test_a_router_in_front_passes_requests_on_to_both_and_answers_as_a_server_do
     assert lost == [] and pool.counters.retries == 0
 
 
-@pytest.mark.parametrize(("mode", "seconds"), [("retract", 7.0), ("in_place", 0.2), ("abort", 0.2)])
-def test_a_pause_loses_no_server_and_every_token_tells_its_weights(io, server, pooled, mode, seconds):
-    pool, lost, _ = pooled(server, timeout_s=0.5, health_timeout_s=5.0)  # less than the longest of the pauses
+@pytest.mark.parametrize(
+    ("mode", "seconds", "health_timeout_s"), [("retract", 7.0, 5.0), ("in_place", 0.2, 60.0), ("abort", 0.2, 60.0)]
+)
+def test_a_pause_loses_no_server_and_every_token_tells_its_weights(io, server, pooled, mode, seconds, health_timeout_s):
+    """The longest pause is longer than what a server that generates may take; the short ones prove nothing of that."""
+    pool, lost, _ = pooled(server, timeout_s=0.5, health_timeout_s=health_timeout_s)
     control = Control(client_of(server))
     asked = prompts(4, seed=3)
     try:
@@ -245,13 +248,14 @@ def test_a_pause_loses_no_server_and_every_token_tells_its_weights(io, server, p
         server.restore()
         io.run(control.client.close())
     assert lost == [] and pool.counters.retries == 0
-    assert pool.counters.aborted == (4 if mode == "abort" else 0)
     for completion in found:
         assert completion.finish_reason in ("length", "stop")
         versions = list(completion.weight_versions)
         assert versions == sorted(versions) and set(versions) <= {-1, 7}
-        assert mode != "abort" or set(versions) == {7}
-    assert any(7 in completion.weight_versions for completion in found)
+        assert mode != "abort" or len(set(versions)) == 1
+    # On a busy machine one may have ended before the pause reached the server.
+    of_new = sum(7 in completion.weight_versions for completion in found)
+    assert of_new >= 1 and pool.counters.aborted == (of_new if mode == "abort" else 0)
 
 
 def test_a_server_that_hangs_is_lost_its_requests_move_and_it_comes_back(io, server, another, pooled):

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 from demo_runs import ROOT, TEXT, arguments, rows, run, write_text
 
+from megatron_pz.config.load import load_config
+from megatron_pz.platform.select import select_platform
 from megatron_pz.report.metrics import WHEN, out_of_range
+
+select_platform("cpu")  # before Megatron is imported
+
+from megatron_pz.train.mismatch import mismatch_budget  # noqa: E402
 
 POLICY = ROOT / "examples" / "demo_policy"
 LEARNS = {"n_masks_per_paragraph": 6, "n_predictions_per_mask": 8}  # nearly every round has groups that differ
@@ -77,13 +83,18 @@ def test_weights_of_two_ranks_reach_the_server_whole(place, name):
 
 @pytest.mark.parametrize("ahead", [1, 2])
 def test_rounds_ahead_are_at_most_so_many_updates_old(place, ahead):
-    found = job(place, f"ahead{ahead}", 6, async_steps=ahead, lr=1e-4)
+    found = job(place, f"ahead{ahead}", 6, async_steps=ahead, lr=1e-4, save_interval=1, keep=9)
     print(f"\n{ahead} ahead: staleness {[(row['staleness/mean'], row['staleness/max']) for row in found]}")
     assert found[0]["staleness/max"] == 0
     assert 1 <= max(row["staleness/max"] for row in found) <= ahead
     rollouts = rows(place[0] / f"ahead{ahead}", "rollouts.jsonl")
     masks = [r["mask_id"] for r in rollouts if r["role"] == "mask"]
     assert len(masks) == len(set(masks)) == 6 * 2 * 4
+    stale = next(row["step"] for row in found if row["staleness/max"] > 0)
+    config = load_config([str(place[0] / f"ahead{ahead}" / "config.toml")])
+    budget = mismatch_budget(config, place[0] / f"ahead{ahead}", [stale])
+    print("\n".join(budget.told()))
+    assert budget.lines[0].cause == "stale versions" and budget.unexplained < 1e-4
 
 
 def impatient(place, how):

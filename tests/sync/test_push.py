@@ -87,6 +87,16 @@ def test_a_bucket_has_one_dtype():
     assert [[name for name, _ in bucket] for bucket in buckets(mixed, 1000)] == [["a"], ["b", "c"]]
 
 
+def test_dtypes_that_come_by_turns_share_few_buckets_and_the_bound():
+    """FP8 weights and their scales: a request for each would be thousands."""
+    fp8 = torch.float8_e4m3fn
+    turns = [(f"w{n}", torch.ones(100).to(fp8)) if n % 2 == 0 else (f"w{n}", torch.ones(2)) for n in range(20)]
+    found = list(buckets(turns, 460))
+    assert [[name for name, _ in bucket] for bucket in found] == [
+        *(["w0", "w2", "w4", "w6"], ["w8", "w10", "w12", "w14"], [f"w{n}" for n in range(1, 20, 2)], ["w16", "w18"]),
+    ]
+
+
 def test_weights_that_do_not_fit_are_refused_before_a_server_hears_of_them(io):
     def examine(weights):
         raise ModelError("missing")

@@ -28,7 +28,7 @@ def rich(places):
     """The game with everything on."""
     folder, corpus, held_out = places
     flags = {"held_out_path": held_out, "eval_interval": 1, "save_interval": 2, "kl_coef": 0.01, "train_iters": 3}
-    flags |= {"importance_sampling": "truncated"}
+    flags |= {"importance_sampling": "truncated", "probe_shuffled": True}
     assert run(folder / "rich", corpus, **flags, paragraphs_per_step=3) == 0
     return rows(folder / "rich")
 
@@ -56,7 +56,7 @@ def conditional():
         name
         for name in METRICS
         if name in WHEN
-        or any(name == row.replace("<set>", held) for row in WHEN for held in ("fixed_masks", "held_out"))
+        or any(name == row.replace("<set>", held) for row in WHEN for held in ("fixed_masks", "held_out", "shuffled"))
     }
 
 

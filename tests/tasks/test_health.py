@@ -51,6 +51,10 @@ def test_the_numbers_of_a_round_by_hand():
         "mask/stop_word_share": 2 / 4,
         "mask/whole_word_share": 3 / 4,
         "mask/distinct_share": 3 / 4,  # the, cat, the, ea
+        "mask/lottery_share": 2 / 4,
+        "mask/visible_share": 0,
+        "groups/duplicate_share/mask": 1 / 6,  # the, cat, the, ea, cow, nothing
+        "groups/duplicate_share/prediction": (1 / 2 + 1 / 2 + 1 / 2 + 1 / 2) / 4,
         "groups/all_wrong_share": 1 / 4,
         "groups/all_right_share": 2 / 4,
         "groups/kept_share/mask": 1,
@@ -77,12 +81,31 @@ def test_tokens_are_those_of_the_responses():
 
 
 def test_every_name_has_a_unit_and_a_meaning_and_every_meaning_a_value():
-    assert set(health(GROUPS)) == set(HEALTH_METRICS)
+    assert set(health([*GROUPS, _predictions(4, CAT, [1.0, 0.0, 0.0, 0.0])])) == set(HEALTH_METRICS)
     assert {f"mask/reject/{reason}" for reason in MASK_REJECT_REASONS} <= set(HEALTH_METRICS)
 
 
 def test_a_round_without_rollouts_counts_nothing_and_fails_nowhere():
     assert health([]) == {"num_surviving_groups": 0.0}
+
+
+def test_one_right_of_fewer_than_four_says_nothing_about_luck():
+    one_of_four, two_of_four = _predictions(0, CAT, [1.0, 0.0, 0.0, 0.0]), _predictions(1, CAT, [1.0, 1.0, 0.0, 0.0])
+    assert health([one_of_four, two_of_four, *GROUPS])["groups/one_right_share"] == 1 / 2
+    assert "groups/one_right_share" not in health(GROUPS)
+
+
+def test_a_response_is_repeated_where_its_tokens_are_not_where_its_answer_is():
+    group_of = [rollout(answer="Paris"), rollout(answer=" Paris"), rollout(answer="Paris"), rollout(answer="Paris")]
+    assert health([group(group_of)])["groups/duplicate_share/prediction"] == 2 / 4
+
+
+def test_an_answer_that_still_stands_in_the_text_is_counted():
+    text = "Amber is a resin. Raw amber is cut, and resins harden."
+    hidden = [mask(answer, text) for answer in ("Amber", "resin", "harden", "Raw")]
+    assert [h.num_occurrences for h in hidden] == [1, 2, 1, 1]  # that of "resins" is hidden too
+    values = health([_predictions(i, h, [1.0, 0.0]) for i, h in enumerate(hidden)])
+    assert values["mask/visible_share"] == 1 / 4
 
 
 def test_where_no_mask_is_valid_there_are_no_predictions_to_speak_of():

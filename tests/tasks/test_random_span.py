@@ -1,6 +1,7 @@
-"""The random-span baseline: the prediction game without a generator."""
+"""The random-span baseline and its format-only control: the prediction game without a generator."""
 
 import asyncio
+import dataclasses
 import random
 
 from builders import PLAIN, ByteTokenizer, TableEngine
@@ -19,8 +20,8 @@ PARAGRAPHS = [
 ]
 
 
-def _play(seed=(1, 1), order=None, reply=lambda prompt, params: r"\boxed{Paris}"):
-    game = RandomSpan(TASK, EngineConfig(max_response_tokens=40), ByteTokenizer(), PLAIN)
+def _play(seed=(1, 1), order=None, reply=lambda prompt, params: r"\boxed{Paris}", task=TASK):
+    game = RandomSpan(task, EngineConfig(max_response_tokens=40), ByteTokenizer(), PLAIN)
     engine = TableEngine(reply, order=order)
     return game, asyncio.run(game.play(PARAGRAPHS, engine, seed))
 
@@ -48,6 +49,31 @@ def test_the_masks_follow_the_seed_and_not_the_landing():
     assert _play((1, 1), order=random.Random(3))[1] == first
     assert [r.target for r in _play((1, 2))[1]] != [r.target for r in first]
     assert [r.target for r in _play((2, 1))[1]] != [r.target for r in first]
+
+
+def test_format_only_asks_the_same_and_pays_whatever_can_be_read():
+    replies = [r"\boxed{Paris}", r"\boxed{no such word}", r"\boxed{}", "Paris"]
+
+    def reply(prompt, params):
+        return replies[params.seed % 4]
+
+    control = dataclasses.replace(TASK, task="format_only", n_predictions_per_mask=16)
+    game, paid = _play(reply=reply, task=control)
+    _, judged = _play(reply=reply, task=dataclasses.replace(control, task="random_span"))
+    assert [(r.prompt, r.response, r.target) for r in paid] == [(r.prompt, r.response, r.target) for r in judged]
+    assert {(r.response, r.reward) for r in paid} == dict(zip(replies, (1.0, 1.0, 0.0, 0.0), strict=True)).items()
+    assert any(p.reward != j.reward for p, j in zip(paid, judged, strict=True))
+    groups = game.groups(paid, 1)
+    assert all(group.trained for group in groups)  # each has answers and none
+    for group in groups:
+        assert len({(r.reward, a) for r, a in zip(group.rollouts, group.advantages, strict=True)}) == 2
+
+
+def test_format_only_pays_no_answer_that_was_cut_off():
+    _, rollouts = _play(
+        reply=lambda p, params: r"\boxed{Paris}" + " and" * 20, task=dataclasses.replace(TASK, task="format_only")
+    )
+    assert {(r.reject_reason, r.answer, r.reward) for r in rollouts} == {("truncated", "Paris", 0.0)}
 
 
 def test_there_is_no_metric_of_a_role_that_does_not_play():

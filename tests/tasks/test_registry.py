@@ -16,6 +16,7 @@ from megatron_pz.tasks.supervised import ContinuePretraining, SupervisedFormats
 TASKS = {
     "pretrain_zero": PretrainZero,
     "random_span": RandomSpan,
+    "format_only": RandomSpan,
     "random_ntp": NextToken,
     "entropy_ntp": NextToken,
     "continue_pt": ContinuePretraining,
@@ -38,6 +39,7 @@ def test_every_task_of_the_settings_is_made():
     [
         ("pretrain_zero", "<gen>ab"),
         ("random_span", "<pred>ab"),
+        ("format_only", "<pred>ab"),
         ("random_ntp", "<pred>ab"),
         ("sft", "<gen>ab"),
         ("continue_pt", ""),

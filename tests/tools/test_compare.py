@@ -12,6 +12,8 @@ base = "{root}/examples/demo.toml"
 seeds = [1]
 reference = "control"
 [variants.pretrain_zero]
+[variants.paid_for_format]
+task = "format_only"
 [variants.control]
 lr = 0.0
 """
@@ -41,8 +43,17 @@ def test_variants_are_run_from_one_policy_and_put_into_one_table(tmp_path):
     table = (out / "comparison.md").read_text(encoding="utf-8")
     assert done.stdout.endswith(table) and table.count("| control | 1 |") == 2  # fixed masks and held out
     record = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
-    first, control = record["fixed_masks"]["rows"]
+    first, form, control = record["fixed_masks"]["rows"]
     assert first["before"] == control["before"] == control["after"]  # the same policy, and one that learns nothing
+    assert (
+        first["beyond_format"] is not None and form["beyond_format"] is None
+    )  # the task tells which is paid for format
+    assert table.count("beyond format (95%)") == 2
+    played = rows(out / "paid_for_format" / "seed_1", "rollouts.jsonl")
+    assert {row["reward"] for row in played} <= {0.0, 1.0}
+    assert all(row["reward"] == (row["valid"] and bool(row["answer"])) for row in played)
+    asked = rows(out / "paid_for_format" / "seed_1", "eval.jsonl")
+    assert all(row["reward"] == (row["answer"] == row["target"]) for row in asked)  # it is examined as all are
     assert {row["lr"] for row in rows(out / "control" / "seed_1") if "lr" in row} == {0.0}
     assert (out / "fixed_masks.svg").is_file() and (out / "held_out.svg").is_file()
 
@@ -55,6 +66,9 @@ def test_a_slip_in_any_variant_is_told_before_the_first_run(tmp_path):
     done = compare(tmp_path, PLAN + "lrr = 1\n")
     assert done.returncode == 2 and "--lrr" in done.stderr and not (tmp_path / "out").exists()
     done = compare(tmp_path, PLAN.replace('"control"', '"other"'))
-    assert done.returncode == 2 and "reference is 'other'; it must be one of pretrain_zero, control" in done.stderr
+    assert (
+        done.returncode == 2
+        and "reference is 'other'; it must be one of pretrain_zero, paid_for_format, control" in done.stderr
+    )
     done = compare(tmp_path, PLAN.replace("seeds", "seed"))
     assert done.returncode == 2 and "unknown key 'seed'" in done.stderr

@@ -10,6 +10,7 @@ from builders import group, rollout
 from megatron_pz import __version__
 from megatron_pz.config.schema import Config, ReportConfig
 from megatron_pz.errors import DiskError, ReportError
+from megatron_pz.report.alarms import Watch
 from megatron_pz.report.console import Console
 from megatron_pz.report.timers import Timers
 from megatron_pz.report.writers import RunWriter
@@ -27,6 +28,12 @@ def journal(tmp_path):
     writer = RunWriter(tmp_path, tensorboard=False)
     yield RunJournal(writer, Console(10, stream=out), Config(report=ReportConfig(show_rollouts=1))), tmp_path, out
     writer.close()
+
+
+@pytest.fixture
+def sounding():
+    """Three records, and at the third an alarm."""
+    return [{"step": step, "truncated_share/mask": 0.5} for step in (1, 2, 3)]
 
 
 def lines(path):
@@ -55,11 +62,29 @@ def test_a_step_is_recorded_with_what_the_round_the_update_and_the_clock_say(jou
         "tokens/trained": 9.0,
         "time/train_s": 2.0,
         "time/step_s": 5.0,
+        "alarms/sounding": 0.0,
     }
     written = lines(folder / "rollouts.jsonl")
     assert [r["reward"] for r in written] == [1.0, 0.0, 0.5, 0.5]
     assert {r["step"] for r in written} == {3}
     assert "step  3/10" in out.getvalue() and "prediction" not in out.getvalue()
+
+
+def test_an_alarm_is_told_when_it_first_sounds_and_counted_while_it_does(journal, sounding):
+    book, folder, out = journal
+    for row in [*sounding, {"step": 4, "truncated_share/mask": 0.5}]:
+        book.write(row["step"], DRAWN, Round(GROUPS, (), {"truncated_share/mask": 0.5}), None, {}, Timers())
+    assert [row["alarms/sounding"] for row in lines(folder / "metrics.jsonl")] == [0, 0, 1, 1]
+    assert out.getvalue().count("alarm truncation at step 3: ") == out.getvalue().count("alarm ") == 1
+
+
+def test_a_continued_run_does_not_tell_an_alarm_again(tmp_path, sounding):
+    out = io.StringIO()
+    writer = RunWriter(tmp_path, step=3, tensorboard=False)
+    book = RunJournal(writer, Console(10, stream=out), Config(), Watch(sounding))
+    book.write(4, DRAWN, Round(GROUPS, (), {"truncated_share/mask": 0.5}), None, {}, Timers())
+    writer.close()
+    assert lines(tmp_path / "metrics.jsonl")[0]["alarms/sounding"] == 1 and "alarm" not in out.getvalue()
 
 
 def test_a_step_without_an_update_has_no_loss(journal):
@@ -75,7 +100,7 @@ def test_a_score_before_the_first_step_stands_alone(journal):
     book, folder, _ = journal
     book.write(0, {}, None, None, {"eval/fixed_masks/accuracy": 0.5}, Timers())
     [row] = lines(folder / "metrics.jsonl")
-    assert set(row) == {"step", "eval/fixed_masks/accuracy", "time/step_s", "memory/rss_bytes"}
+    assert set(row) == {"step", "eval/fixed_masks/accuracy", "time/step_s", "memory/rss_bytes", "alarms/sounding"}
 
 
 def test_games_are_shown_at_steps_that_score(journal):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_pz.train.loss import importance_weights, k3, policy_loss, supervised_loss, token_sums
+from megatron_pz.train.loss import importance_weights, k3, logit_pull, policy_loss, supervised_loss, token_sums
 
 CLIPS = {"eps_clip": 0.2, "eps_clip_high": 0.28}
 
@@ -150,6 +150,39 @@ def test_what_is_not_trained_may_be_anything():
 def test_what_is_trained_and_not_finite_shows():
     loss, _ = policy_loss(tensor(math.nan), tensor(-1.0), tensor(1.0), tensor(1.0), **CLIPS)
     assert math.isnan(loss.item())
+
+
+def test_the_loss_by_role_adds_up_to_the_loss():
+    is_generator = torch.tensor([True, False, False, True])
+    given = (tensor(-1.0, -1.0, -1.0, -1.0), tensor(-1.0, -1.0, -1.0, -1.0), tensor(2.0, -1.0, 0.5, 9.0))
+    loss, stats = policy_loss(*given, tensor(0.5, 1.0, 2.0, 0.0), is_generator=is_generator, **CLIPS)
+    assert (stats["loss_mask"].item(), stats["loss_prediction"].item()) == (-1.0, 1.0 - 1.0)
+    assert loss.item() == -1.0
+    assert not {"loss_mask", "loss_prediction"} & set(policy_loss(*given, tensor(1.0, 1.0, 1.0, 1.0), **CLIPS)[1])
+
+
+def test_a_token_pulls_at_its_logit_as_backward_through_the_softmax_does():
+    logits = torch.tensor(
+        [[2.0, 0.0, -1.0], [0.5, 0.5, 0.0], [9.0, 0.0, 0.0], [0.0, 1.0, math.nan]], requires_grad=True
+    )
+    chosen, is_generator = torch.tensor([0, 2, 0, 1]), torch.tensor([True, False, False, False])
+    weights, advantages = tensor(0.5, 1.0, 1.0, 0.0), tensor(2.0, -1.0, 1.0, 1.0)
+    log_probs = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+    loss, _ = policy_loss(log_probs, log_probs.detach(), advantages, weights, **CLIPS)
+    pulls = logit_pull(loss, log_probs, weights, is_generator)
+    loss.backward()  # the graph is still there
+    own = logits.grad.gather(1, chosen[:, None])[:3, 0].double().square()
+    assert pulls["pull_mask"].item() == pytest.approx(own[0].item(), rel=1e-5)
+    assert pulls["pull_prediction"].item() == pytest.approx((own[1] + own[2]).item(), rel=1e-5)
+    assert own[2] < 1e-6 < own[1]  # sure of it: hardly any pull
+
+
+def test_clipped_tokens_pull_with_nothing():
+    log_probs = torch.full((2,), -1.0, requires_grad=True)
+    weights, roles = tensor(1.0, 1.0), torch.tensor([True, False])
+    loss, _ = policy_loss(log_probs, tensor(-2.0, -1.0), tensor(1.0, 1.0), weights, **CLIPS)
+    pulls = logit_pull(loss, log_probs, weights, roles)
+    assert pulls["pull_mask"] == 0 and pulls["pull_prediction"] > 0
 
 
 def test_the_supervised_loss_is_the_negative_log_likelihood():

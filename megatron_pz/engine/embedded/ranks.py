@@ -15,6 +15,8 @@ WAIT = timedelta(days=7)
 
 
 class Ranks(Protocol):
+    """This rank among those that generate together."""
+
     rank: int
     replica: int  # index of the replica that this rank is part of
     num_replicas: int

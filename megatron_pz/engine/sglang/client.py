@@ -200,10 +200,11 @@ class Client:
 
 
 def sampling_params(params: SamplingParams) -> dict[str, Any]:
-    """As SGLang spells them. Its temperature 0 is greedy with log-probs of temperature 1, as ours.
+    """As SGLang spells them. Its temperature 0 is greedy with log-probs of temperature 1, as ours. It follows the seed under
+    `--enable-deterministic-inference` only, and passes over it otherwise.
 
-    >>> sampling_params(SamplingParams(max_new_tokens=8, temperature=0.5, stop_token_ids=(2,)))
-    {'max_new_tokens': 8, 'temperature': 0.5, 'top_p': 1.0, 'top_k': -1, 'stop_token_ids': [2]}
+    >>> sampling_params(SamplingParams(max_new_tokens=8, temperature=0.5, stop_token_ids=(2,), seed=5))
+    {'max_new_tokens': 8, 'temperature': 0.5, 'top_p': 1.0, 'top_k': -1, 'stop_token_ids': [2], 'sampling_seed': 5}
     """
     return {
         "max_new_tokens": params.max_new_tokens,
@@ -211,6 +212,7 @@ def sampling_params(params: SamplingParams) -> dict[str, Any]:
         "top_p": params.top_p,
         "top_k": params.top_k or -1,
         "stop_token_ids": list(params.stop_token_ids),
+        "sampling_seed": params.seed,
     }
 
 

@@ -47,12 +47,16 @@ class Servers(Protocol):
 
 
 class Ranks(Protocol):
+    """This rank among the trainer's, and what rank 0 says to all."""
+
     rank: int
 
     def broadcast(self, thing: Any) -> Any: ...
 
 
 class Push(Protocol):
+    """Hands the trainer's weights to servers."""
+
     def __call__(self, weights: Any, version: int, servers: Sequence[int]) -> Sequence[int]:
         """All ranks hand `weights` to `servers` (known on rank 0 only); those that did not take them, on rank 0."""
         ...

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_pz.config.fp8 import QUANTIZATION_CONFIG
 from megatron_pz.config.schema import Config
 from megatron_pz.engine.sglang.fleet import AttachedFleet, Fleet, LaunchedFleet, make_key
 from megatron_pz.engine.sglang.server import ServerSpec
@@ -99,6 +100,10 @@ def _flags(config: Config, index: int, context_length: int) -> dict[str, Any]:
     }
     if config.model.init == "random":
         flags["load-format"] = "dummy"  # there is nothing to read; the trainer hands over its own
+    if config.sglang.rollout_precision == "fp8_blockwise":
+        # The folder has no such weights: the server makes room for them, and the first sync brings them.
+        flags["json-model-override-args"] = {"quantization_config": QUANTIZATION_CONFIG}
+        flags["load-format"] = "dummy"
     if config.train.routing_replay:
         flags["enable-return-routed-experts"] = True
     if config.sglang.pause_mode == "in_place":
