@@ -38,8 +38,6 @@ from megatron_pz.platform.host import give_back_memory
 
 HF = "hf"
 GIB = 1024**3
-TRIM_EVERY = GIB // 4
-"""Bytes that a comparison reads before it gives back what the C library keeps of them."""
 VOCABULARY_DIVISOR = 8  # as `model.make_vocab_size_divisible_by`; a layout that pads further still loads it
 FP8 = "fp8_blockwise"
 Broken = TypeVar("Broken", DigestedFile, TensorFile)
@@ -169,7 +167,7 @@ def differences(
     """Names of the tensors in which the output is not, bit for bit, what the source makes it."""
     model = skeleton(read_hf_config(hf_dir), VOCABULARY_DIVISOR)
     tensors, pieces = MappedTensors(TensorReader(hf_dir)), PieceReader(checkpoint / SHARDS)
-    found, kept = [], 0
+    found = []
     for one in model.parameters:
         saved = _joined(one, pieces)
         if is_source_hf:
@@ -178,12 +176,9 @@ def differences(
         else:
             pairs = [(name, value, tensors.read(name)) for name, value in _encoded(one, saved, encoder(dtype))]
         found += [name for name, a, b in pairs if a.dtype != b.dtype or not torch.equal(_bits(a), _bits(b))]
-        advance(size := sum(b.nbytes for _, _, b in pairs))
+        advance(sum(b.nbytes for _, _, b in pairs))
         del saved, pairs
-        kept += size
-        if kept > TRIM_EVERY:
-            give_back_memory()
-            kept = 0
+        give_back_memory()
     return found
 
 
