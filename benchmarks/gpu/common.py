@@ -101,6 +101,16 @@ class Record:
         self._save()
         print("\n".join(table(list(rows))[2:]), flush=True)
 
+    def attempt(self, what: str, reason: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """What `measure` finds; None, and a row that says why, where `reason` stands against it or it fails."""
+        try:
+            if not reason:
+                return measure()
+        except Exception as error:  # noqa: BLE001  # told in the table
+            reason = f"{type(error).__name__}: {str(error)[:160]}"
+        self.add({"what": what, "reason": reason})
+        return None
+
     def finish(self, **facts: Any) -> None:
         """Nothing was left out for want of time."""
         self._facts |= {"finished": True, **facts}

@@ -15,8 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import Record, arguments, device, machine
-from logprobs import SHAPES, SMOKE, TINY, TRL_COLUMNS, gradient_mib, measured, naive, ours
+from logprobs import SMOKE, TRL_COLUMNS, measured, naive, ours, run
 from torch import Tensor
 
 from megatron_pz.train.loss import policy_loss
@@ -146,17 +145,5 @@ def rows(name: str, result: dict[str, Any], gradients_mib: float) -> list[dict[s
     ]
 
 
-def main() -> None:
-    parser = arguments(__doc__ or "")
-    parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
-    on = torch.device("cpu") if given.smoke else device(False)  # Triton interprets in a smoke run
-    record = Record(given.out, "grpo_loss", machine(on) | {"smoke": SMOKE})
-    for name, shape in (TINY if given.smoke else SHAPES).items():
-        result = compare(shape, 1 if given.smoke else given.rounds, on)
-        record.add(*rows(name, result, gradient_mib(shape, 4 if given.smoke else 2)))
-    record.finish()
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__ or "", "grpo_loss", compare, rows)

@@ -213,17 +213,23 @@ def rows(name: str, result: dict[str, Any], gradients_mib: float) -> list[dict[s
     ]
 
 
-def main() -> None:
-    parser = arguments(__doc__ or "")
+def run(
+    doc: str,
+    part: str,
+    compared: Callable[[tuple[int, int, int], int, torch.device], dict[str, Any]],
+    told: Callable[[str, dict[str, Any], float], list[dict[str, Any]]],
+) -> None:
+    """The part from its arguments to its record: every shape compared, and told in rows."""
+    parser = arguments(doc)
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     on = torch.device("cpu") if given.smoke else device(False)  # Triton interprets in a smoke run
-    record = Record(given.out, "logprobs", machine(on) | {"smoke": SMOKE})
+    record = Record(given.out, part, machine(on) | {"smoke": SMOKE})
     for name, shape in (TINY if given.smoke else SHAPES).items():
-        result = compare(shape, 1 if given.smoke else given.rounds, on)
-        record.add(*rows(name, result, gradient_mib(shape, 4 if given.smoke else 2)))
+        result = compared(shape, 1 if given.smoke else given.rounds, on)
+        record.add(*told(name, result, gradient_mib(shape, 4 if given.smoke else 2)))
     record.finish()
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__ or "", "logprobs", compare, rows)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +135,9 @@ def main() -> None:
         reason = "SGLang is not installed in --server-python" if absent.returncode else ""
         if not reason and precision != "trained" and not gpus:
             reason = "SGLang's FP8 needs a GPU"
-        if reason:
-            record.add({"what": what, "reason": reason})
-            continue
-        try:
-            found = measured(precision, given.model.resolve(), given, gpus)
-        except Exception as error:  # noqa: BLE001  # told in the table
-            record.add({"what": what, "reason": f"{type(error).__name__}: {str(error)[:160]}"})
+        measure = partial(measured, precision, given.model.resolve(), given, gpus)
+        found = record.attempt(what, reason, measure)
+        if found is None:
             continue
         text = f"{found['tokens'] / found['seconds']:.0f} tokens/s, mean response {found['tokens'] / found['responses']:.0f} tokens"
         text += "" if found["whole"] else f"; cut after {found['seconds']:.0f} s"

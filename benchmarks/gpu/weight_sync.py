@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,13 +154,9 @@ def main() -> None:
             reason = "NCCL needs a GPU of its own for each rank; this machine has one"
         if not reason and precision != "trained" and not gpus:
             reason = "SGLang's FP8 needs a GPU"
-        if reason:
-            record.add({"what": what, "reason": reason})
-            continue
-        try:
-            found = pushes(transport, precision, given.model, given.server_python, min(gpus, 1))
-        except Exception as error:  # noqa: BLE001  # told in the table
-            record.add({"what": what, "reason": f"{type(error).__name__}: {str(error)[:160]}"})
+        measure = partial(pushes, transport, precision, given.model, given.server_python, min(gpus, 1))
+        found = record.attempt(what, reason, measure)
+        if found is None:
             continue
         gbs = found["num_bytes"] / statistics.median(found["seconds"])
         line = {"what": what, **found, "measured": f"{gbs / 1e9:.2f} GB/s, {gbs / rate:.1%} of a copy"}

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import sglang_models
 
+from megatron_pz.engine.sglang.client import Client
 from megatron_pz.engine.sglang.fleet import free_port
 from megatron_pz.engine.sglang.server import ServerProcess, ServerSpec
 
@@ -51,6 +52,10 @@ class Served:
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    def client(self, **about: Any) -> Client:
+        """As a run makes one."""
+        return Client(self.url, self.api_key, vocab_size=self.vocab_size, context_length=self.context_length, **about)
 
     def call(self, path: str, body: Any = None, timeout_s: float = 60.0) -> Any:
         """Reply to a POST of `body`, or to a GET; an HTTPError where the server refuses."""

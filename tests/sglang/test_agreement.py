@@ -12,7 +12,6 @@ import sglang_models
 from builders import group, rollout
 
 from megatron_pz.config.schema import Config, EngineConfig, ModelConfig, TrainConfig
-from megatron_pz.engine.sglang.client import Client
 from megatron_pz.platform.select import select_platform
 from megatron_pz.types import SamplingParams
 
@@ -43,13 +42,7 @@ def parallel():
 
 def completions(served, temperature, experts_shape=None):
     """Responses to PROMPTS, as a run would have them."""
-    client = Client(
-        served.url,
-        served.api_key,
-        vocab_size=served.vocab_size,
-        context_length=served.context_length,
-        experts_shape=experts_shape,
-    )
+    client = served.client(experts_shape=experts_shape)
     params = SamplingParams(max_new_tokens=32, temperature=temperature)
 
     async def ask():

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from megatron_pz.engine.sglang.client import Client
 from megatron_pz.engine.sglang.control import Control
 from megatron_pz.engine.sglang.faults import ServerRefused
 from megatron_pz.engine.sglang.fleet import free_port
@@ -77,8 +76,8 @@ def pooled(io):
     pools = []
 
     def make(*servers, at_once=64, timeout_s=60.0, health_timeout_s=20.0, router=None):
-        clients = [client_of(one, health_timeout_s=health_timeout_s) for one in servers]
-        pool = Pool(clients, at_once, timeout_s, client_of(router) if router else None)
+        clients = [one.client(health_timeout_s=health_timeout_s) for one in servers]
+        pool = Pool(clients, at_once, timeout_s, router.client() if router else None)
         lost, back = [], asyncio.Event()
 
         async def on_lost(server):
@@ -92,12 +91,6 @@ def pooled(io):
     yield make
     for pool in pools:
         io.run(pool.close())
-
-
-def client_of(served, **about):
-    return Client(
-        served.url, served.api_key, vocab_size=served.vocab_size, context_length=served.context_length, **about
-    )
 
 
 def prompts(count, seed=0, length=24):
@@ -232,7 +225,7 @@ def test_a_router_in_front_passes_requests_on_to_both_and_answers_as_a_server_do
 def test_a_pause_loses_no_server_and_every_token_tells_its_weights(io, server, pooled, mode, seconds, health_timeout_s):
     """The longest pause is longer than what a server that generates may take; the short ones prove nothing of that."""
     pool, lost, _ = pooled(server, timeout_s=0.5, health_timeout_s=health_timeout_s)
-    control = Control(client_of(server))
+    control = Control(server.client())
     asked = prompts(4, seed=3)
     try:
         future = io.submit(ask_all(pool, asked, SamplingParams(300)))

@@ -20,7 +20,6 @@ from megatron_pz.checkpoint.completion_lines import to_row
 from megatron_pz.checkpoint.journal import CompletionJournal
 from megatron_pz.config.load import to_toml
 from megatron_pz.config.schema import Config, CorpusConfig, EngineConfig, ModelConfig, TrainConfig
-from megatron_pz.engine.sglang.client import Client
 from megatron_pz.platform.select import select_platform
 from megatron_pz.report.jsonl import JsonLines
 from megatron_pz.types import Completion, SamplingParams
@@ -49,13 +48,7 @@ EXPERTS_SHAPE = (sglang_models.LAYERS, sglang_models.EXPERTS_PER_TOKEN)
 
 def ask(served, prompts=PROMPTS, experts_shape=None, **params):
     """Completions, as a run has them."""
-    client = Client(
-        served.url,
-        served.api_key,
-        vocab_size=served.vocab_size,
-        context_length=served.context_length,
-        experts_shape=experts_shape,
-    )
+    client = served.client(experts_shape=experts_shape)
     wanted = SamplingParams(max_new_tokens=24, **params)
 
     async def all_of_them():
@@ -215,21 +208,19 @@ def two_versions(server, tmp_path):
     server.restore()
 
 
-def test_tokens_of_an_older_policy(server, two_versions):
-    """The round was played ahead: its stamps say so."""
+@pytest.mark.parametrize(
+    ("stamp", "found"),
+    [
+        ("0", "the versions that sampled"),  # the round was played ahead, and its stamps say so
+        ("1", "one version before the stamped"),  # the server kept its weights, and says otherwise
+    ],
+)
+def test_tokens_of_an_older_policy(server, two_versions, stamp, found):
     run_dir, _ = two_versions
-    hand_over(server, server.model_path, "0")
+    hand_over(server, server.model_path, stamp)
     write(run_dir, 2, ask(server))
     first, *_ = report(run_dir, settings(server.model_path)).lines
-    assert (first.cause, first.found) == ("stale versions", "the versions that sampled") and first.share > 0.99
-
-
-def test_a_server_that_kept_its_weights_and_says_otherwise(server, two_versions):
-    run_dir, _ = two_versions
-    hand_over(server, server.model_path, "1")
-    write(run_dir, 2, ask(server))
-    first, *_ = report(run_dir, settings(server.model_path)).lines
-    assert (first.cause, first.found) == ("stale versions", "one version before the stamped") and first.share > 0.99
+    assert (first.cause, first.found) == ("stale versions", found) and first.share > 0.99
 
 
 def test_a_prefix_cache_that_was_not_flushed(server, two_versions):

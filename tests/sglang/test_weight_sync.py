@@ -63,10 +63,6 @@ def policy(folder: Path):
     return [model]
 
 
-def client_of(served):
-    return Client(served.url, served.api_key, vocab_size=served.vocab_size, context_length=served.context_length)
-
-
 def transport(kind, parallel, io, tmp_path, folder):
     if kind == "disk":
         return DiskTransport(
@@ -93,7 +89,7 @@ def transport(kind, parallel, io, tmp_path, folder):
 
 def answers(io, served, num_tokens=24):
     """Sampled responses to PROMPTS."""
-    client = client_of(served)
+    client = served.client()
 
     async def ask():
         params = SamplingParams(max_new_tokens=num_tokens, temperature=1.0)
@@ -121,7 +117,7 @@ def largest_difference(completions, folder):
 @pytest.mark.parametrize("kind", ["disk", "tensor", "handles", "distributed"])
 def test_a_server_samples_from_the_weights_that_were_handed_over(server, parallel, io, tmp_path, kind):
     first, second = (sglang_models.make_dense(tmp_path / f"m{seed}", seed=seed) for seed in (11, 12))
-    control = Control(client_of(server))
+    control = Control(server.client())
     push = WeightPush(transport(kind, parallel, io, tmp_path, first), io, [control], "retract")
     try:
         for version, folder in ((3, first), (4, second), (5, first)):
@@ -142,7 +138,7 @@ def test_a_server_samples_from_the_weights_that_were_handed_over(server, paralle
 @pytest.mark.parametrize("kind", ["tensor", "distributed"])
 def test_a_server_of_a_mixture_of_experts_does_too(moe_server, parallel, io, tmp_path, kind):
     first, second = (sglang_models.make_moe(tmp_path / f"m{seed}", seed=seed) for seed in (21, 22))
-    control = Control(client_of(moe_server))
+    control = Control(moe_server.client())
     verify = Verifier(range(1, 17), iterate_hf_tensors, pytest.fail)
     way = transport(kind, parallel, io, tmp_path, first)
     push = WeightPush(way, io, [control], "retract", verify=verify, examine=check_export)
@@ -162,7 +158,7 @@ def test_a_server_of_a_mixture_of_experts_does_too(moe_server, parallel, io, tmp
 @pytest.mark.parametrize("mode", ["retract", "in_place", "abort"])
 def test_requests_under_way_go_on_with_the_new_weights_or_are_given_up(server, parallel, io, tmp_path, mode):
     before, after = (sglang_models.make_dense(tmp_path / f"m{seed}", seed=seed) for seed in (13, 16))
-    control, client = Control(client_of(server)), client_of(server)
+    control, client = Control(server.client()), server.client()
     push = WeightPush(TensorTransport(iterate_hf_tensors, BUCKET_BYTES), io, [control], mode)
     params = SamplingParams(max_new_tokens=900, temperature=1.0)
     try:
@@ -188,7 +184,7 @@ def test_requests_under_way_go_on_with_the_new_weights_or_are_given_up(server, p
 def test_a_server_that_is_gone_is_reported_and_the_other_goes_on(server, parallel, io, tmp_path):
     folder = sglang_models.make_dense(tmp_path / "m", seed=14)
     gone = Control(Client("http://127.0.0.1:9", "", vocab_size=512, context_length=2048))
-    control = Control(client_of(server))
+    control = Control(server.client())
     told = []
     push = WeightPush(
         TensorTransport(iterate_hf_tensors, BUCKET_BYTES), io, [gone, control], "retract", tell=told.append
@@ -216,7 +212,7 @@ class Deaf(Control):
 
 def test_a_tensor_that_did_not_arrive_is_noticed(server, parallel, io, tmp_path):
     before, after = (sglang_models.make_dense(tmp_path / f"m{seed}", seed=seed) for seed in (17, 18))
-    told, control = [], Control(client_of(server))
+    told, control = [], Control(server.client())
     verify = Verifier(range(1, 17), iterate_hf_tensors, told.append)
 
     def push(control, folder, version):
@@ -237,7 +233,7 @@ def test_a_tensor_that_did_not_arrive_is_noticed(server, parallel, io, tmp_path)
 
 def test_a_folder_that_is_not_there_leaves_the_weights_in_use(server, parallel, io, tmp_path):
     folder = sglang_models.make_dense(tmp_path / "m", seed=15)
-    control = Control(client_of(server))
+    control = Control(server.client())
     tensors = WeightPush(TensorTransport(iterate_hf_tensors, BUCKET_BYTES), io, [control], "retract")
     lost = DiskTransport(lambda weights, to: None, tmp_path / "nowhere", True, flushes=True)
     try:
@@ -276,7 +272,7 @@ def test_a_server_that_refuses_half_way_is_started_again_and_given_all(server, p
         server.process.start()
         await server.process.wait_ready(250)
 
-    client, first_pid = client_of(server), server.pid
+    client, first_pid = server.client(), server.pid
     pool = Pool([client], 16, 60.0)
 
     def paused(is_paused):
