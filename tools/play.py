@@ -28,16 +28,13 @@ from megatron_pz.config.rules import validate
 from megatron_pz.config.schema import Config
 from megatron_pz.corpus.cursor import Cursor
 from megatron_pz.corpus.playable import read_playable
-from megatron_pz.corpus.tokenizer import check_vocab, load_tokenizer
 from megatron_pz.engine.sglang.attached import attached
 from megatron_pz.engine.sglang.specs import context_length, server_urls
 from megatron_pz.errors import ConfigError, MegatronPZError
-from megatron_pz.game.prompts import Templates
-from megatron_pz.models.folder import read_hf_config, resolve_folder
 from megatron_pz.report.writers import RunWriter
 from megatron_pz.tasks.base import Task
 from megatron_pz.tasks.journal_rows import journal_rows
-from megatron_pz.tasks.registry import make_task
+from megatron_pz.tasks.opened import opened
 from megatron_pz.tasks.stragglers import Stragglers, num_begun
 from megatron_pz.types import Generate, Paragraph
 
@@ -62,15 +59,11 @@ def main(argv: Sequence[str]) -> int:
 
 async def _attached(config: Config) -> None:
     """Play with the servers of `config`."""
-    folder = resolve_folder(config.model.hf_model)
-    hf_config = read_hf_config(folder)
-    tokenizer = load_tokenizer(config.model.tokenizer or folder)
-    check_vocab(tokenizer, int(hf_config["vocab_size"]))
-    templates = Templates.load(config.task.template_dir, config.task.prompt_style)
-    task = make_task(config.task, config.engine, tokenizer, templates, config.verifier)
+    found = opened(config)
+    task, hf_config = found.task, found.hf_config
     if not isinstance(task, Task):
         raise ConfigError(f"--task is {config.task.task}, in which nothing is generated: there is nothing to play.")
-    paragraphs, _ = read_playable(config.corpus.data_path, config, tokenizer, task.prompt_ids)
+    paragraphs, _ = read_playable(config.corpus.data_path, config, found.tokenizer, task.prompt_ids)
     layers, experts = hf_config["num_hidden_layers"], hf_config.get("num_experts_per_tok")
     shape = (int(layers), int(experts)) if config.train.routing_replay and experts else None
     longest = context_length(config, hf_config)

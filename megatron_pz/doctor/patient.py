@@ -58,7 +58,7 @@ class Patient:
         """The planner's `Plan` of this layout."""
         from megatron_pz.doctor.planned import planned
 
-        return planned(self)
+        return planned(self.config, self.hf_config, self.world_size, self.platform, self.gpu_memory_gib)
 
     @cached_property
     def saved_steps(self) -> list[Path]:

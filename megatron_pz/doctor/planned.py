@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from megatron_pz.config.rules import validate
+from megatron_pz.config.schema import Config
+from megatron_pz.models.family import HfConfig
 from megatron_pz.plan.assumptions import GIB, Assumptions
 from megatron_pz.plan.layouts import Machines, Plan, Planner
 from megatron_pz.plan.stages import build_stages
 from megatron_pz.platform.host import available_memory
 
-if TYPE_CHECKING:
-    from megatron_pz.doctor.patient import Patient
 
-
-def planned(patient: Patient) -> Plan:
-    """What the run takes. On a CPU the ranks share the memory that is free now.
+def planned(config: Config, hf_config: HfConfig, world_size: int, platform: str, gpu_memory_gib: float) -> Plan:
+    """What the run takes; arguments as `Patient` has them. On a CPU the ranks share the memory that is free now.
 
     Raises:
         LayoutError, ConfigError, ModelError: as `Planner`.
     """
-    validate(patient.config, patient.world_size)  # the planner divides by its sizes
-    assumed = Assumptions(gpu_memory_gib=patient.gpu_memory_gib or Assumptions.gpu_memory_gib)
-    if patient.platform == "cpu":
+    validate(config, world_size)  # the planner divides by its sizes
+    assumed = Assumptions(gpu_memory_gib=gpu_memory_gib or Assumptions.gpu_memory_gib)
+    if platform == "cpu":
         free = available_memory() / GIB
-        share = patient.gpu_memory_gib or free / patient.world_size
+        share = gpu_memory_gib or free / world_size
         assumed = Assumptions(gpu_memory_gib=share, reserve_gib=0.0, host_memory_gib=free)
-    machines = Machines(patient.world_size, 1, patient.platform == "cuda", assumed)
-    planner = Planner(patient.hf_config, patient.config, machines)
-    return planner.plan(patient.config, build_stages(patient.hf_config, patient.config, patient.world_size))
+    planner = Planner(hf_config, config, Machines(world_size, 1, platform == "cuda", assumed))
+    return planner.plan(config, build_stages(hf_config, config, world_size))

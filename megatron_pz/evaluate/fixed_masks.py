@@ -19,6 +19,7 @@ from megatron_pz.game.masking import shuffle_context
 from megatron_pz.game.random_spans import fixed_masks
 from megatron_pz.game.seeds import derive
 from megatron_pz.tasks.ask import Asker
+from megatron_pz.tasks.journal_rows import said
 from megatron_pz.types import Generate, Mask, Paragraph
 
 
@@ -93,11 +94,7 @@ async def score(
             "set": questions.name,
             "paragraph_id": rollout.paragraph_id,
             "mask_id": rollout.mask_id,
-            "prompt": rollout.prompt,
-            "response": rollout.response,
-            "answer": rollout.answer,
-            "target": rollout.target,
-            "valid": rollout.valid,
+            **said(rollout),
             "reward": rollout.reward,
         }
         for rollout in rollouts

@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from megatron_pz.models.policy_model import PolicyModel
 from megatron_pz.models.shards import shards_of
-
-if TYPE_CHECKING:
-    from megatron_pz.models.policy import PolicyModel
 
 
 def random_tensor(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:

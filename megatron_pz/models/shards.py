@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state
@@ -12,10 +12,8 @@ from torch import Tensor
 
 from megatron_pz.errors import ModelError
 from megatron_pz.models.names import Entry, Experts, TensorShape, find_entry
+from megatron_pz.models.policy_model import PolicyModel
 from megatron_pz.models.quantized import fill
-
-if TYPE_CHECKING:
-    from megatron_pz.models.policy import PolicyModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +54,7 @@ def unwrap(chunk: torch.nn.Module) -> PolicyModel:
     inner: Any = chunk
     while hasattr(inner, "module"):
         inner = inner.module
-    return cast("PolicyModel", inner)
+    return cast(PolicyModel, inner)
 
 
 def complete_weights(chunks: Sequence[torch.nn.Module]) -> None:

@@ -21,6 +21,17 @@ def journal_rows(groups: Iterable[Group], step: int, weight_version: int | None 
     ]
 
 
+def said(rollout: Rollout) -> dict[str, Any]:
+    """What was asked and answered, as every record of a rollout has it."""
+    return {
+        "prompt": rollout.prompt,
+        "response": rollout.response,
+        "answer": rollout.answer,
+        "target": rollout.target,
+        "valid": rollout.valid,
+    }
+
+
 def _row(rollout: Rollout, advantage: float, trained: bool, step: int, weight_version: int | None) -> dict[str, Any]:
     completion = rollout.completion
     return {
@@ -29,11 +40,7 @@ def _row(rollout: Rollout, advantage: float, trained: bool, step: int, weight_ve
         "paragraph_id": rollout.paragraph_id,
         "group_id": rollout.group_id,
         "mask_id": rollout.mask_id,
-        "prompt": rollout.prompt,
-        "response": rollout.response,
-        "answer": rollout.answer,
-        "target": rollout.target,
-        "valid": rollout.valid,
+        **said(rollout),
         "reject_reason": rollout.reject_reason,
         "reward": rollout.reward,
         "advantage": advantage,

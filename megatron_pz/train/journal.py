@@ -1,4 +1,4 @@
-"""What a run writes about each step, and about itself. Rank 0 only; the others have a journal that writes nothing."""
+"""What a run writes about each step, and about itself: rank 0 does."""
 
 from __future__ import annotations
 
@@ -29,26 +29,15 @@ from megatron_pz.types import Group, UpdateResult
 PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "numpy")
 
 
-class SilentJournal:
-    """The journal of ranks other than 0."""
-
-    def write(
-        self,
-        step: int,
-        facts: Mapping[str, float],
-        played: Round | None,
-        update: UpdateResult | None,
-        scores: Mapping[str, float],
-        timers: Timers,
-    ) -> None:
-        """Forget the step's seconds."""
-        timers.lap()
-
-
 class RunJournal:
-    """Metrics, rollouts and console of a run. An alarm is told when it first sounds in the run, restarts included."""
+    """Where steps go on record. An alarm is told when it first sounds in the run, restarts included.
 
-    def __init__(self, writer: RunWriter, console: Console, config: Config, watch: Watch | None = None) -> None:
+    Args:
+        writer: of the run directory; None on ranks other than 0, which write nothing.
+        watch: has seen the rows that the run directory held before.
+    """
+
+    def __init__(self, writer: RunWriter | None, console: Console, config: Config, watch: Watch | None = None) -> None:
         self.writer, self.console, self.config, self._watch = writer, console, config, watch or Watch()
 
     def write(
@@ -60,7 +49,14 @@ class RunJournal:
         scores: Mapping[str, float],
         timers: Timers,
     ) -> None:
-        """Put the step on record."""
+        """Put a step on record: `metrics.jsonl`, `rollouts.jsonl`, TensorBoard, the console.
+
+        Args:
+            facts: metrics that are neither the round's nor the update's.
+        """
+        times = timers.lap()
+        if self.writer is None:
+            return
         metrics: dict[str, float] = dict(facts) | dict(played.metrics if played else {})
         if played and played.groups:
             metrics["tokens/generated"] = float(_num_generated(played.groups))
@@ -68,7 +64,7 @@ class RunJournal:
             metrics |= {"lr": update.lr}
             if update.applied:
                 metrics |= {"loss": update.loss, "grad_norm": update.grad_norm, **update.metrics}
-        metrics |= {**scores, "memory/rss_bytes": float(psutil.Process().memory_info().rss), **timers.lap()}
+        metrics |= {**scores, "memory/rss_bytes": float(psutil.Process().memory_info().rss), **times}
         alarms = self._watch.see({"step": step, **metrics})
         self.writer.metrics(step, metrics | {"alarms/sounding": float(self._watch.num_sounding())})
         if played and played.groups:

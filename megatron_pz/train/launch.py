@@ -26,12 +26,9 @@ from megatron_pz.config.schema import Config
 from megatron_pz.corpus.cursor import Cursor
 from megatron_pz.corpus.playable import read_playable
 from megatron_pz.corpus.store import CARD
-from megatron_pz.corpus.tokenizer import check_vocab, load_tokenizer
 from megatron_pz.engine.base import Engine, converse
 from megatron_pz.errors import GRACE_S, ConfigError, MegatronPZError
 from megatron_pz.evaluate.fixed_masks import FixedMasks, score
-from megatron_pz.game.prompts import Templates
-from megatron_pz.models.folder import read_hf_config, resolve_folder
 from megatron_pz.platform.base import Platform, torch_dtype
 from megatron_pz.platform.select import select_platform
 from megatron_pz.report.alarms import Watch
@@ -43,7 +40,7 @@ from megatron_pz.report.timers import Timers
 from megatron_pz.report.writers import RunWriter
 from megatron_pz.tasks.ask import Asker
 from megatron_pz.tasks.base import Task
-from megatron_pz.tasks.registry import make_task
+from megatron_pz.tasks.opened import opened
 from megatron_pz.tasks.schedule import task_at
 from megatron_pz.tasks.stragglers import Stragglers, num_begun
 from megatron_pz.train.collector import spared_collector
@@ -51,7 +48,7 @@ from megatron_pz.train.deal import deal
 from megatron_pz.train.engines import make_engine
 from megatron_pz.train.entropies import with_entropies
 from megatron_pz.train.fixed_sets import fixed_sets
-from megatron_pz.train.journal import RunJournal, SilentJournal, describe_run, hashes
+from megatron_pz.train.journal import RunJournal, describe_run, hashes
 from megatron_pz.train.learn import Learner
 from megatron_pz.train.loop import run
 from megatron_pz.train.memory import Memory, OwnMemory, SharedMemory
@@ -104,14 +101,10 @@ def train(config: Config) -> RunState:
 
 def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
     run_dir = Path(config.checkpoint.run_dir)
-    folder = resolve_folder(config.model.hf_model)
-    hf_config = read_hf_config(folder)
-    tokenizer = load_tokenizer(config.model.tokenizer or folder)
-    check_vocab(tokenizer, int(hf_config["vocab_size"]))
-    templates = Templates.load(config.task.template_dir, config.task.prompt_style)
-    task = make_task(config.task, config.engine, tokenizer, templates, config.verifier)
+    found = opened(config)
+    folder, hf_config, tokenizer, task = found.folder, found.hf_config, found.tokenizer, found.task
     paragraphs, counts = read_playable(config.corpus.data_path, config, tokenizer, task.prompt_ids)
-    sets = fixed_sets(config, tokenizer, templates, paragraphs) if config.evaluate.eval_interval else []
+    sets = fixed_sets(config, tokenizer, found.templates, paragraphs) if config.evaluate.eval_interval else []
 
     chunks = build_model(hf_config, config, platform, parallel)
     if config.checkpoint.load:
@@ -221,9 +214,7 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
                 engine=engine,
                 memory=_memory(config, engine, trainer, platform),
                 evaluate=_evaluator(config, sets, engine, writer),
-                journal=RunJournal(writer, console, config, Watch(read_rows(run_dir / METRICS_FILE)))
-                if writer
-                else SilentJournal(),
+                journal=RunJournal(writer, console, config, Watch(read_rows(run_dir / METRICS_FILE) if writer else ())),
                 save=save,
                 settle=settle,
                 rescue=rescue,

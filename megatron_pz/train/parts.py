@@ -4,37 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 from megatron_pz.engine.base import Engine
 from megatron_pz.report.timers import Timers
+from megatron_pz.train.journal import RunJournal
 from megatron_pz.train.learn import Learner
 from megatron_pz.train.memory import Memory
 from megatron_pz.train.play import Round, Rounds
 from megatron_pz.train.signals import StopSignals
 from megatron_pz.train.state import RunState
 from megatron_pz.train.step import Trainer
-from megatron_pz.types import UpdatePlan, UpdateResult
-
-
-class Journal(Protocol):
-    """Where steps go on record."""
-
-    def write(
-        self,
-        step: int,
-        facts: Mapping[str, float],
-        played: Round | None,
-        update: UpdateResult | None,
-        scores: Mapping[str, float],
-        timers: Timers,
-    ) -> None:
-        """Put a step on record: `metrics.jsonl`, `rollouts.jsonl`, TensorBoard, the console. Rank 0 writes.
-
-        Args:
-            facts: metrics that are neither the round's nor the update's.
-        """
-        ...
+from megatron_pz.types import UpdatePlan
 
 
 @dataclass(frozen=True)
@@ -48,7 +28,7 @@ class Parts:
     engine: Engine
     memory: Memory
     evaluate: Callable[[int], Mapping[str, float]]
-    journal: Journal
+    journal: RunJournal
     save: Callable[[RunState], None]
     settle: Callable[[bool], None]  # lets a checkpoint that is written in the background appear; True: waits for it
     rescue: Callable[[RunState], None]  # saves beside all older checkpoints, unless that step is saved already

@@ -16,14 +16,11 @@ from megatron_pz.checkpoint.store import CheckpointStore
 from megatron_pz.config.schema import Config
 from megatron_pz.corpus.cursor import Cursor
 from megatron_pz.corpus.playable import read_playable
-from megatron_pz.corpus.tokenizer import check_vocab, load_tokenizer
 from megatron_pz.errors import CheckpointError, ConfigError
-from megatron_pz.game.prompts import Templates
-from megatron_pz.models.folder import read_hf_config, resolve_folder
 from megatron_pz.platform.base import Platform, torch_dtype
 from megatron_pz.platform.select import select_platform
 from megatron_pz.tasks.base import Task
-from megatron_pz.tasks.registry import make_task
+from megatron_pz.tasks.opened import opened
 from megatron_pz.tasks.stragglers import num_begun
 from megatron_pz.train.deal import deal
 from megatron_pz.train.learn import Learner
@@ -76,17 +73,13 @@ def _train(
     platform: Platform,
     parallel: Parallel,
 ) -> None:
-    folder = resolve_folder(config.model.hf_model)
-    hf_config = read_hf_config(folder)
-    tokenizer = load_tokenizer(config.model.tokenizer or folder)
-    check_vocab(tokenizer, int(hf_config["vocab_size"]))
-    templates = Templates.load(config.task.template_dir, config.task.prompt_style)
-    task = make_task(config.task, config.engine, tokenizer, templates, config.verifier)
+    found = opened(config)
+    folder, hf_config, task = found.folder, found.hf_config, found.task
     if not isinstance(task, Task):
         raise ConfigError(f"--task is {config.task.task}, which generates nothing that could be saved.")
     journal = CompletionJournal(run_dir / JOURNAL_FOLDER)
     # Read before a model is built: a missing round is told at once.
-    corpus = _Corpus(config, tokenizer, task)
+    corpus = _Corpus(config, found.tokenizer, task)
     rounds = [_samples(journal, step, task, corpus) if parallel.is_rank0 else (None, {}) for step in steps]
 
     chunks = build_model(hf_config, config, platform, parallel)
@@ -97,8 +90,8 @@ def _train(
         place = run_dir / "checkpoints"
         store = CheckpointStore(place, config.checkpoint.keep, parallel.control_group) if place.is_dir() else None
         if store is None or checkpoint not in store.steps():
-            found = store.steps() if store else []
-            raise CheckpointError(f"{place} has no checkpoint of step {checkpoint}. It has: {found or 'none'}.")
+            has = store.steps() if store else []
+            raise CheckpointError(f"{place} has no checkpoint of step {checkpoint}. It has: {has or 'none'}.")
         store.load(checkpoint, chunks, trainer.optimizer)
     learner = Learner(trainer, config.train, (export or run_dir).parent / "dumps", parallel.rank)
     for step, (samples, health) in zip(steps, rounds, strict=True):

@@ -30,7 +30,7 @@ from megatron_pz.checkpoint.hf_import import load_hf_weights
 from megatron_pz.checkpoint.store import load_weights
 from megatron_pz.config.schema import Config
 from megatron_pz.models.folder import read_hf_config, resolve_folder
-from megatron_pz.models.policy import PolicyModel
+from megatron_pz.models.policy_model import PolicyModel
 from megatron_pz.models.random_init import initialize
 from megatron_pz.models.registry import family
 from megatron_pz.models.rope import RopeScaling

@@ -19,7 +19,8 @@ from megatron_pz.types import Completion, SamplingParams
 PLATFORM = select_platform()
 
 from megatron_pz.checkpoint.hf_import import load_hf_weights  # noqa: E402
-from megatron_pz.models.policy import PolicyModel, build_policy  # noqa: E402
+from megatron_pz.models.policy import build_policy  # noqa: E402
+from megatron_pz.models.policy_model import PolicyModel  # noqa: E402
 from megatron_pz.train.decode import embedded_engine  # noqa: E402
 from megatron_pz.train.parallel import init_parallel, shutdown  # noqa: E402
 

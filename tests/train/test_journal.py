@@ -14,7 +14,7 @@ from megatron_pz.report.alarms import Watch
 from megatron_pz.report.console import Console
 from megatron_pz.report.timers import Timers
 from megatron_pz.report.writers import RunWriter
-from megatron_pz.train.journal import RunJournal, SilentJournal, describe_run, hashes, write_whole
+from megatron_pz.train.journal import RunJournal, describe_run, hashes, write_whole
 from megatron_pz.train.play import Round
 from megatron_pz.types import Role, UpdateResult
 
@@ -119,7 +119,7 @@ def test_a_metric_that_no_table_knows_is_refused_before_rollouts_are_written(jou
 def test_a_silent_rank_forgets_its_seconds():
     clock = iter([0.0, 5.0, 7.0])
     timers = Timers(lambda: next(clock))
-    SilentJournal().write(1, DRAWN, None, None, {}, timers)
+    RunJournal(None, Console(10, enabled=False), Config()).write(1, DRAWN, None, None, {}, timers)
     assert timers.lap()["time/step_s"] == 2.0
 
 
