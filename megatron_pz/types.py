@@ -117,7 +117,7 @@ class Rollout:
     answer: str | None  # what was parsed out of the response
     target: str | None  # predictions: the hidden text; mask rollouts: None
     valid: bool  # mask rollouts: the span can be hidden; predictions: a box was found
-    reject_reason: str | None  # of an invalid rollout; a fixed small vocabulary (game.spans.REJECT_REASONS)
+    reject_reason: str | None  # of an invalid one: game.spans.MASK_REJECT_REASONS; predictions: no_box, unverified
     reward: float
     mask: Mask | None = None  # valid mask rollouts and every prediction
 

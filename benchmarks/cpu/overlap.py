@@ -10,7 +10,6 @@ Usage: overlap.py [--rounds 2] [--steps 8] [--server-python .venv-sglang/bin/pyt
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import platform
@@ -21,8 +20,7 @@ import tempfile
 from datetime import date
 from pathlib import Path
 
-from megatron_pz.engine.sglang.fleet import free_port
-from megatron_pz.engine.sglang.server import ServerProcess, ServerSpec
+from real_server import KEY, real_server
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDES = (0, 1, 2)
@@ -39,27 +37,13 @@ def main() -> None:
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         key = Path(folder) / "key"
-        key.write_text("overlap")
-        spec = ServerSpec(
-            model_path=str(ROOT / "examples" / "demo_policy"),
-            python=os.path.abspath(given.server_python),
-            host="127.0.0.1",
-            port=free_port("127.0.0.1"),
-            log_path=Path(folder) / "server.log",
-            api_key="overlap",
-            flags={"dtype": "float32", "context-length": 512},
-        )
-        server = ServerProcess(spec)
-        server.start()
-        try:
-            asyncio.run(server.wait_ready(300))
-            steps: dict[int, list[dict[str, float]]] = {ahead: [] for ahead in SIDES}
+        key.write_text(KEY)
+        steps: dict[int, list[dict[str, float]]] = {ahead: [] for ahead in SIDES}
+        with real_server(ROOT / "examples" / "demo_policy", given.server_python) as server:
             for number in range(given.rounds):
                 for ahead in SIDES if number % 2 == 0 else SIDES[::-1]:
                     run_dir = Path(folder) / f"run-{number}-{ahead}"
                     steps[ahead] += played(run_dir, ahead, given.steps, server.url, key)
-        finally:
-            server.stop()
     write(Path(given.out), steps, given)
 
 

@@ -20,7 +20,6 @@ import json
 import os
 import random
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Coroutine, Sequence
@@ -30,20 +29,20 @@ from typing import Any
 
 import aiohttp
 import psutil
+from real_server import CONTEXT_LENGTH, real_server
 from streaming import cpu_name
 
 from megatron_pz.engine.sglang.client import Client
 from megatron_pz.engine.sglang.control import Control
 from megatron_pz.engine.sglang.io_thread import IoThread
 from megatron_pz.engine.sglang.pool import Pool
-from megatron_pz.engine.sglang.server import ServerProcess, ServerSpec
+from megatron_pz.engine.sglang.server import ServerProcess
 from megatron_pz.engine.sglang.versions import installed_version
 from megatron_pz.types import SamplingParams
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples" / "demo_policy"
 VOCAB_SIZE = int(json.loads((MODEL / "config.json").read_text(encoding="utf-8"))["vocab_size"])
-CONTEXT_LENGTH = 512
 PROMPT_TOKENS = 32
 SIDES = ("bare", "pool")
 
@@ -126,29 +125,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/records/sglang_client")
     arguments = parser.parse_args()
     os.chdir(ROOT)
-    python = os.path.abspath(arguments.server_python)
-    flags = {
-        "dtype": "float32",
-        "context-length": CONTEXT_LENGTH,
-        "preferred-sampling-params": json.dumps({"ignore_eos": True}),  # lengths are forced for both sides
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        spec = ServerSpec(
-            model_path=str(MODEL),
-            python=python,
-            host="127.0.0.1",
-            port=31651,
-            flags=flags,
-            log_path=Path(folder) / "server.log",
-            api_key="benchmark",
-        )
-        server = ServerProcess(spec)
-        server.start()
-        try:
-            asyncio.run(server.wait_ready(300))
-            found = measure(server, arguments)
-        finally:
-            server.stop()
+    forced = json.dumps({"ignore_eos": True})  # lengths are the same for both sides
+    with real_server(MODEL, arguments.server_python, preferred_sampling_params=forced) as server:
+        found = measure(server, arguments)
     medians = {side: {what: statistics.median(values) for what, values in found[side].items()} for side in SIDES}
     rates = {side: found[side]["tokens_per_s"] for side in SIDES}
     ratios = {what: medians["pool"][what] / medians["bare"][what] for what in medians["bare"]}
@@ -169,7 +148,7 @@ def main() -> None:
         "date": str(date.today()),
         "cpu": cpu_name(),
         "load_average": os.getloadavg(),
-        "sglang": installed_version(python),
+        "sglang": installed_version(os.path.abspath(arguments.server_python)),
         "aiohttp": aiohttp.__version__,
         "settings": settings,
         "rounds": found,

@@ -22,7 +22,6 @@ import json
 import math
 import os
 import statistics
-import tempfile
 import time
 import uuid
 from collections.abc import Sequence
@@ -35,13 +34,14 @@ from typing import Literal
 import aiohttp
 import psutil
 from forced_lengths import Barrier, Clock, Law, scripted
+from real_server import real_server
 
 from megatron_pz.config.load import load_config
 from megatron_pz.config.schema import EngineConfig
 from megatron_pz.corpus.paragraphs import select
 from megatron_pz.corpus.reader import read_paragraphs
 from megatron_pz.corpus.tokenizer import load_tokenizer
-from megatron_pz.engine.sglang.server import ServerProcess, ServerSpec
+from megatron_pz.engine.sglang.server import ServerProcess
 from megatron_pz.engine.sglang.versions import installed_version
 from megatron_pz.game.prompts import Templates
 from megatron_pz.tasks.pretrain_zero import PretrainZero
@@ -261,28 +261,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/records/streaming")
     arguments = parser.parse_args()
     os.chdir(ROOT)
-    python = os.path.abspath(arguments.server_python)
-    key = "benchmark"
-    with tempfile.TemporaryDirectory() as folder:
-        flags = {"dtype": "float32", "context-length": 512, "max-total-tokens": 131072}
-        log = Path(folder) / "server.log"
-        server = ServerProcess(
-            ServerSpec(
-                model_path=str(ROOT / MODEL),
-                python=python,
-                host="127.0.0.1",
-                port=31641,
-                flags=flags,
-                log_path=log,
-                api_key=key,
-            )
-        )
-        server.start()
-        try:
-            asyncio.run(server.wait_ready(300))
-            found = asyncio.run(measure(server, arguments))
-        finally:
-            server.stop()
+    with real_server(ROOT / MODEL, arguments.server_python, max_total_tokens=131072) as server:
+        found = asyncio.run(measure(server, arguments))
     results = {name: summary(rounds) for name, rounds in found.items()}
     table = tabulated(results)
     settings = {name: value for name, value in vars(arguments).items() if name not in ("out", "server_python")}
@@ -290,7 +270,7 @@ def main() -> None:
         "date": str(date.today()),
         "cpu": cpu_name(),
         "load_average": os.getloadavg(),
-        "sglang": installed_version(python),
+        "sglang": installed_version(os.path.abspath(arguments.server_python)),
         "settings": settings,
         "rounds": found,
         "summary": results,

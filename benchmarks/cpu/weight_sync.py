@@ -9,7 +9,6 @@ Usage: weight_sync.py [--model .cache/smollm2-135m-instruct] [--bucket-mib 64] [
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import resource
@@ -21,9 +20,10 @@ import time
 from datetime import date
 from pathlib import Path
 
+from real_server import KEY, real_server
+
 ROOT = Path(__file__).resolve().parents[2]
 TRANSPORTS = ("disk", "tensor", "distributed")
-KEY = "weight-sync"
 
 
 def main() -> None:
@@ -39,31 +39,13 @@ def main() -> None:
     if given.worker:
         sys.stdout.write(json.dumps(pushed(given)) + "\n")
         return
-    from megatron_pz.engine.sglang.fleet import free_port
-    from megatron_pz.engine.sglang.server import ServerProcess, ServerSpec
-
-    with tempfile.TemporaryDirectory() as folder:
-        spec = ServerSpec(
-            model_path=str((ROOT / given.model).resolve()),
-            python=os.path.abspath(given.server_python),
-            host="127.0.0.1",
-            port=free_port("127.0.0.1"),
-            log_path=Path(folder) / "server.log",
-            api_key=KEY,
-            flags={"dtype": "float32", "context-length": 512},
-        )
-        server = ServerProcess(spec)
-        server.start()
-        try:
-            asyncio.run(server.wait_ready(300))
-            found = {}
-            for transport in TRANSPORTS:
-                command = [sys.executable, __file__, *sys.argv[1:], "--worker", transport, "--url", server.url]
-                env = os.environ | {"OMP_NUM_THREADS": "1"}
-                done = subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, text=True)
-                found[transport] = json.loads(done.stdout.splitlines()[-1])
-        finally:
-            server.stop()
+    with real_server(ROOT / given.model, given.server_python) as server:
+        found = {}
+        for transport in TRANSPORTS:
+            command = [sys.executable, __file__, *sys.argv[1:], "--worker", transport, "--url", server.url]
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, text=True)
+            found[transport] = json.loads(done.stdout.splitlines()[-1])
     write(Path(given.out), found, given)
 
 

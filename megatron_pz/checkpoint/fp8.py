@@ -40,9 +40,3 @@ def quantized(tensor: Tensor) -> tuple[Tensor, Tensor]:
     scales = (tiles.abs().amax((1, 3)) / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
     scaled = (tiles / scales[:, None, :, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
     return scaled.view(padded.shape)[:rows, :columns].contiguous(), scales
-
-
-def dequantized(blocks: Tensor, scales: Tensor) -> Tensor:
-    """float32, the inverse of `quantized` but for rounding."""
-    spread = scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
-    return blocks.float() * spread[: blocks.shape[0], : blocks.shape[1]]

@@ -107,17 +107,6 @@ def refuse(folder: Path, faults: Sequence[str]) -> None:
         raise CheckpointError(f"{folder} is damaged: {'; '.join(faults[:SHOWN])}{more}.")
 
 
-def check_manifest(folder: Path, model: str) -> dict[str, Any]:
-    """The manifest of `folder`, once every file is there as it was written. One process reads them all.
-
-    Raises:
-        CheckpointError: a file is missing, shorter, longer or altered; or the checkpoint is not ours or another model's.
-    """
-    manifest = read_manifest(folder, model)
-    refuse(folder, damage(folder, manifest["files"]))
-    return manifest
-
-
 def _damage(folder: Path, name: str, facts: Mapping[str, Any], advance: Advance) -> str | None:
     file = folder / name
     if not file.is_file():

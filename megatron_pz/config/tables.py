@@ -116,7 +116,29 @@ def _value(source: str, section: str, key: str, value: Any, faults: list[str]) -
     return value
 
 
-def check_plain_type(name: str, value: Any, annotation: object) -> None:
+def check_passed_through(cls: type, table: str, values: Mapping[str, Any], owned: Mapping[str, str]) -> None:
+    """Pass if each of `values` may be handed on to Megatron's record `cls`. Dtypes may stand as their names.
+
+    Args:
+        table: the pass-through table that holds them.
+        owned: fields that another section sets, with that section's name.
+
+    Raises:
+        ConfigError: a name is no field of `cls`, or is owned, or its value is not of the field's type.
+    """
+    fields = {field.name: field.type for field in dataclasses.fields(cls)}
+    for name, value in values.items():
+        if name in owned:
+            raise ConfigError(f"{table}.{name} is set by [{owned[name]}]; set it there.")
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"{table}.{name} is no field of Megatron-Core's {cls.__name__}{hint}")
+        if "dtype" not in name:
+            _check_plain_type(f"{table}.{name}", value, fields[name])
+
+
+def _check_plain_type(name: str, value: Any, annotation: object) -> None:
     """Pass if `value` may stand for a field of Megatron's records; one whose annotation is no plain type always may.
 
     Raises:

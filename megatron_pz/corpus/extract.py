@@ -86,8 +86,8 @@ class Extractor:
         return f"{document.key}:{page}", title, url, document.language, paragraphs
 
     def _judge(self, text: str, language: str) -> tuple[str | None, int]:
-        if (reason := quality_reason(text, language)) is not None:
-            return reason, 0
+        if (fault := quality_reason(text, language)) is not None:
+            return fault, 0
         ids = self.tokenizer.encode(text)
         reason = reject_reason(text, ids, self.tokenizer, self.settings.min_tokens, self.settings.max_tokens)
         if reason is None and shares_gram(text, self.forbidden, self.settings.ngram):

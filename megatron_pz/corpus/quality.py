@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
+from typing import Literal
 
 from megatron_pz.corpus.wikitext import HOLE
 from megatron_pz.words import script, words
@@ -35,7 +36,7 @@ FUNCTION_WORDS = {
 }
 _SETS = {code: frozenset(listed.split()) for code, listed in FUNCTION_WORDS.items()}
 
-QUALITY_REASONS = (
+QualityReason = Literal[
     "formula",  # a formula stood in it
     "leftover_markup",
     "few_letters",  # below 60% of what is not white space
@@ -43,11 +44,11 @@ QUALITY_REASONS = (
     "wrong_language",  # another Latin language has more of its function words in it
     "no_sentence",  # does not end as a sentence
     "repetitive",  # one word is more than 30% of 20 words or more
-)
+]
 
 
-def quality_reason(text: str, language: str = "") -> str | None:
-    """The first filter that `text` fails, one of `QUALITY_REASONS`; None where it passes.
+def quality_reason(text: str, language: str = "") -> QualityReason | None:
+    """The first filter that `text` fails; None where it passes.
 
     Args:
         language: code such as `en`; empty: the two filters by language are off.

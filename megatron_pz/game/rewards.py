@@ -38,12 +38,3 @@ def mask_reward(num_correct: int, num_predictions: int) -> float:
 
 INVALID_MASK_REWARD = 0.0
 """Of a mask that cannot be hidden: no predictions are made, and it stays in its group (docs/paper.md 2.8, item 4)."""
-
-
-def expected_mask_reward(accuracy: float, num_predictions: int) -> float:
-    """Mean of Eq. 9 over predictions that are right with probability `accuracy`: (1 - p) - (1 - p)^G.
-
-    >>> round(expected_mask_reward(0.257, 8), 3)
-    0.65
-    """
-    return (1 - accuracy) - (1 - accuracy) ** num_predictions

@@ -1,6 +1,6 @@
 """Reading a mask rollout: which span it names, and if that span cannot be hidden, why not (docs/paper.md 2.8).
 
-Every reason is one of `REJECT_REASONS`, so that each can be counted.
+Every reason is one of `MASK_REJECT_REASONS`, so that each can be counted.
 """
 
 from __future__ import annotations
@@ -26,9 +26,6 @@ MASK_REJECT_REASONS = (
     "prompt_too_long",  # the prediction prompt would not fit
 )
 """Why a mask rollout is invalid."""
-
-REJECT_REASONS = (*MASK_REJECT_REASONS, "no_box", "unverified")
-"""All of them; a prediction is `truncated`, `aborted`, `no_box` or `unverified`."""
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from importlib.metadata import version
 from typing import Any
 
@@ -11,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from packaging.version import Version
 
 from megatron_pz.config.schema import Config, ParallelConfig
-from megatron_pz.config.tables import check_plain_type
+from megatron_pz.config.tables import check_passed_through
 from megatron_pz.errors import ConfigError, LayoutError
 from megatron_pz.models.family import Family, HfConfig
 from megatron_pz.platform.base import Platform, torch_dtype
@@ -93,28 +91,6 @@ def check_layout(fields: dict[str, Any], parallel: ParallelConfig) -> None:
         raise LayoutError("parallel: " + "; ".join(faults) + ".")
 
 
-def checked_overrides(overrides: dict[str, Any], owned: dict[str, str]) -> dict[str, Any]:
-    """The `[transformer]` table, once every name in it is known.
-
-    Args:
-        owned: fields that another section sets, with that section's name.
-
-    Raises:
-        ConfigError: a name is no field of `TransformerConfig`, or belongs to another section.
-    """
-    known = {field.name: field.type for field in dataclasses.fields(TransformerConfig)}
-    for name, value in overrides.items():
-        if name in owned:
-            raise ConfigError(f"transformer.{name} is set by [{owned[name]}]; set it there.")
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise ConfigError(f"transformer.{name} is no field of Megatron-Core's TransformerConfig{hint}")
-        if "dtype" not in name:
-            check_plain_type(f"transformer.{name}", value, known[name])
-    return dict(overrides)
-
-
 RECIPES = {
     # Megatron's format and recipe, what a rank's tokens are a multiple of, the compute capability that it needs
     "blockwise": ("e4m3", "blockwise", 128, (9, 0)),
@@ -193,7 +169,8 @@ def transformer_config(family: Family, hf: HfConfig, config: Config, platform: P
     owned = dict.fromkeys(layout, "parallel") | dict.fromkeys(precision, "model")
     owned |= dict.fromkeys(("fp8", "fp8_recipe", "fp8_param"), "model")
     owned["moe_enable_routing_replay"] = "train"  # by `routing_replay`, whose place Megatron's own would take
-    overrides = checked_overrides(config.transformer, owned)
+    check_passed_through(TransformerConfig, "transformer", config.transformer, owned)
+    overrides = dict(config.transformer)
     if fields.get("num_moe_experts"):
         fields["moe_router_dtype"] = "fp32" if is_half else None
         if overrides.get("moe_aux_loss_coeff"):

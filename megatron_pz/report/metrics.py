@@ -277,19 +277,6 @@ def check(metrics: Iterable[str]) -> None:
         )
 
 
-def out_of_range(metrics: Mapping[str, float | None]) -> list[str]:
-    """A sentence for each known metric whose value cannot be, e.g. a share over 1. NaN is out of every range.
-
-    >>> out_of_range({"mask/valid_rate": 1.25, "loss": -3.0})
-    ['mask/valid_rate is 1.25, range 0 to 1']
-    """
-    return [
-        f"{name} is {value:g}, range {row.low:g} to {row.high:g}"
-        for name, value in metrics.items()
-        if value is not None and (row := METRICS.get(name)) is not None and not row.low <= value <= row.high
-    ]
-
-
 def _with_nearest(name: str) -> str:
     nearest = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
     return f"{name} (did you mean {nearest[0]}?)" if nearest else name

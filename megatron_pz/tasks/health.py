@@ -1,4 +1,4 @@
-"""Is the game still a game: what `base.HEALTH_METRICS` names, measured on the groups of one round.
+"""Is the game still a game: what `report.metrics` names of it, measured on the groups of one round.
 
 Everything is measured before groups are dropped, except `num_surviving_groups`. A mean over nothing is left out.
 """

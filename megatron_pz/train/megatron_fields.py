@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_pz.config.tables import check_plain_type
+from megatron_pz.config.tables import check_passed_through
 from megatron_pz.errors import ConfigError
 from megatron_pz.platform.base import DTYPES
 
@@ -34,15 +32,7 @@ def megatron_record(
     Raises:
         ConfigError: a name is no field of `cls`, or is owned, or Megatron refuses the values.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for name in overrides:
-        if name in owned:
-            raise ConfigError(f"{table}.{name} is set by [{owned[name][0]}]; set it there.")
-        if name not in fields:
-            nearest = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise ConfigError(f"{table}.{name} is no field of Megatron-Core's {cls.__name__}{hint}")
-        check_plain_type(f"{table}.{name}", overrides[name], str(fields[name].type))
+    check_passed_through(cls, table, overrides, {name: section for name, (section, _) in owned.items()})
     values = {**ours, **overrides, **{name: value for name, (_, value) in owned.items()}}
     values = {name: _dtype(value) if "dtype" in name else value for name, value in values.items()}
     try:

@@ -38,8 +38,6 @@ class Parallel:
     tp_size: int
     pp_rank: int
     pp_size: int
-    cp_rank: int
-    cp_size: int
     num_chunks: int  # model chunks of a pipeline rank
     device: torch.device
     dp_rank_of: tuple[int, ...]  # of every rank of the world
@@ -121,8 +119,6 @@ def this_rank(
         tp_size=parallel_state.get_tensor_model_parallel_world_size(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
-        cp_rank=parallel_state.get_context_parallel_rank(),
-        cp_size=parallel_state.get_context_parallel_world_size(),
         num_chunks=config.virtual_pipeline_model_parallel_size,
         device=platform.device,
         dp_rank_of=tuple(dp_rank_of),

@@ -5,14 +5,12 @@ parameters from the folder and from its conversion (checkpoint/convert.py).
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import hf_models
 import pytest
 import torch
+from programs import on_ranks
 
 from megatron_pz.platform.select import select_platform
 
@@ -37,17 +35,7 @@ def report(tmp_path_factory):
         expected[name] = hf_models.expected_logits(folder / name)
         convert.to_megatron(folder / name, folder / f"{name}.megatron", max_file_bytes=100_000)
     torch.save(expected, folder / "logits.pt")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    paths = os.pathsep.join([str(WORKER.parents[2]), str(WORKER.parents[1])])
-    done = subprocess.run(
-        [*launch, str(WORKER), str(folder)],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    on_ranks(2, WORKER, folder)
     found = json.loads((folder / "report.json").read_text())
     assert sorted(found) == sorted(CASES)
     for case in found:

@@ -9,13 +9,13 @@ from megatron_pz.checkpoint.checksum import BLOCK
 from megatron_pz.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
-    check_manifest,
     damage,
     fingerprint,
     read_manifest,
     share,
     write_manifest,
 )
+from megatron_pz.checkpoint.verify import verified
 from megatron_pz.errors import CheckpointError
 
 MODEL = "the model's fingerprint"
@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 
 def test_a_whole_folder_passes_with_its_facts(folder):
-    manifest = check_manifest(folder, MODEL)
+    manifest = verified(folder, MODEL)
     assert (manifest["format"], manifest["step"]) == (FORMAT, 3)
     # printf 0123456789 | gzip -c | tail -c8 | od -An -tx4 -N4
     assert manifest["files"]["shards/a.distcp"] == {"bytes": 10, "checksum": "crc32:a684c7c6"}
@@ -54,18 +54,18 @@ def test_a_whole_folder_passes_with_its_facts(folder):
 def test_damage_is_named(folder, damage, told):
     damage(folder)
     with pytest.raises(CheckpointError, match=told) as error:
-        check_manifest(folder, MODEL)
+        verified(folder, MODEL)
     assert str(folder) in str(error.value)
 
 
 def test_another_model_is_refused(folder):
     with pytest.raises(CheckpointError, match="belongs to another model .*--run-dir"):
-        check_manifest(folder, "another")
+        verified(folder, "another")
 
 
 def test_a_file_that_came_later_does_no_harm(folder):
     (folder / "notes.txt").write_text("mine")
-    check_manifest(folder, MODEL)
+    verified(folder, MODEL)
 
 
 def test_a_fingerprint_is_of_the_shape_alone():
@@ -87,7 +87,7 @@ def test_every_fault_is_told_and_of_many_the_first(folder):
     found = damage(folder, read_manifest(folder)["files"], threads=3)
     assert found == [f"{number:02d}.bin is missing" for number in range(11)]
     with pytest.raises(CheckpointError, match=r"00.bin is missing; .*07.bin is missing and 3 more\.$"):
-        check_manifest(folder, MODEL)
+        verified(folder, MODEL)
 
 
 def test_a_large_file_is_digested_block_by_block_and_its_bytes_are_counted(tmp_path):
@@ -117,10 +117,10 @@ def test_a_checkpoint_of_an_earlier_format_is_read_and_its_damage_found(folder, 
     manifest["files"]["shards/a.distcp"] = {"bytes": 10, "sha256": digest}
     manifest["files"]["run_state.json"] = {"bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    assert check_manifest(folder, MODEL) == manifest
+    assert verified(folder, MODEL) == manifest
     (folder / "shards" / "a.distcp").write_bytes(b"012345678x")
     with pytest.raises(CheckpointError, match=r"damaged: shards/a.distcp was altered after it was written\.$"):
-        check_manifest(folder, MODEL)
+        verified(folder, MODEL)
 
 
 def test_a_checksum_that_is_not_known_is_refused_by_name(folder):
@@ -128,4 +128,4 @@ def test_a_checksum_that_is_not_known_is_refused_by_name(folder):
     manifest["files"]["shards/a.distcp"]["checksum"] = "xxh9:00"
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="'xxh9' is not known here, crc32 and sha256 are: a newer version"):
-        check_manifest(folder, MODEL)
+        verified(folder, MODEL)

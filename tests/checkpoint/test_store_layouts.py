@@ -1,12 +1,10 @@
 """A checkpoint of any layout is read under any other, the optimizer's state to the bit, and the next update is the same."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from programs import on_ranks
 
 WORKER = Path(__file__).parents[1] / "layouts" / "reshard_worker.py"
 # Of two ranks. With experts shared out Megatron has two optimizers instead of one.
@@ -26,16 +24,7 @@ PAIRS = [
 
 
 def reshard(folder, num_ranks, *pairs):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    done = subprocess.run(
-        [*launch, str(WORKER), str(folder), *pairs],
-        env=os.environ | {"PYTHONPATH": str(WORKER.parents[2]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=580,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    on_ranks(num_ranks, WORKER, folder, *pairs, timeout_s=580)
     return json.loads((folder / "report.json").read_text())
 
 

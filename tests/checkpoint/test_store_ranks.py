@@ -1,13 +1,11 @@
 """Two ranks save and verify together: what one meets, both are told."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from demo_runs import tree
+from programs import on_ranks
 
 WORKER = Path(__file__).parents[1] / "layouts" / "save_worker.py"
 
@@ -15,15 +13,7 @@ WORKER = Path(__file__).parents[1] / "layouts" / "save_worker.py"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("ranks")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER), str(place)],
-        env=os.environ | {"PYTHONPATH": f"{WORKER.parents[2]}:{WORKER.parents[1]}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    on_ranks(2, WORKER, place)
     return place
 
 

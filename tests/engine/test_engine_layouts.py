@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import on_ranks
 
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "layouts" / "engine_worker.py"
@@ -35,14 +33,9 @@ SPEAKERS = {
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Reports of one, two and four ranks."""
     folder, found = tmp_path_factory.mktemp("engine"), {}
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for which, ranks in (("one", 1), ("two", 2), ("four", 4)):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         out = folder / f"{which}.json"
-        done = subprocess.run(
-            [*launch, str(WORKER), str(out), which], env=env, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stderr[-6000:]
+        on_ranks(ranks, WORKER, out, which, timeout_s=300)
         found |= json.loads(out.read_text())
     return found
 

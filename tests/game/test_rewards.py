@@ -5,15 +5,14 @@ import random
 
 import pytest
 
-from megatron_pz.game.rewards import (
-    INVALID_MASK_REWARD,
-    expected_mask_reward,
-    format_reward,
-    mask_reward,
-    prediction_reward,
-)
+from megatron_pz.game.rewards import INVALID_MASK_REWARD, format_reward, mask_reward, prediction_reward
 
 TABLE_OF_8 = [0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0]  # docs/paper.md 2.5
+
+
+def expected_mask_reward(accuracy, num_predictions):
+    """Mean of Eq. 9 over predictions that are right with probability `accuracy`."""
+    return (1 - accuracy) - (1 - accuracy) ** num_predictions
 
 
 def test_a_prediction_earns_one_for_the_hidden_text_and_nothing_else():

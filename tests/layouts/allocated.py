@@ -92,14 +92,17 @@ def held(hf_config: HfConfig, config: Config) -> dict[str, Any]:
     }
     if parallel.pp_size == 1:
         batch = plan.micro_batches[parallel.dp_rank][0]
-        found |= {"tokens": batch.num_tokens / parallel.cp_size, **kept_by_forward(trainer, batch, set(parameters))}
+        found |= {
+            "tokens": batch.num_tokens / parallel_state.get_context_parallel_world_size(),
+            **kept_by_forward(trainer, batch, set(parameters)),
+        }
     parallel_state.destroy_model_parallel()
     return found
 
 
 def kept_by_forward(trainer: Trainer, batch: MicroBatch, parameters: set[int]) -> dict[str, int]:
     """Bytes that autograd keeps of one micro-batch, without the weights: in the forward, and in what the backward runs again."""
-    context = trainer.parallel.cp_size, trainer.parallel.cp_rank
+    context = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     on = on_device(batch, trainer.platform, context=context)
     first: list[torch.Tensor] = []
     again: list[torch.Tensor] = []

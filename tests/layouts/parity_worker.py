@@ -124,7 +124,7 @@ def run(case: str, folder: Path, expected: torch.Tensor) -> dict[str, Any]:
     reference = (expected / TEMPERATURE).log_softmax(-1)
     errors = [0.0, 0.0]
     logits, found_log_probs = expected, scored(chunks, config, parallel, labels)
-    if parallel.cp_size == parallel.num_chunks == 1:
+    if config.parallel.context_parallel_size == parallel.num_chunks == 1:
         logits = answer(unwrap(chunks[0]), parallel, hf["hidden_size"])
     if logits is not None and found_log_probs is not None:
         entropy = -(reference.exp() * reference).sum(-1)

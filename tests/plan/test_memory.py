@@ -4,8 +4,6 @@ Also what a forward keeps for its backward, against the formula. Errors are rela
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +14,7 @@ sys.path.insert(0, str(LAYOUTS))
 
 from allocated import held  # noqa: E402  (it chooses the CPU)
 from allocation_cases import ALONE, OF_FOUR, OF_TWO, config_of  # noqa: E402
+from programs import on_ranks  # noqa: E402
 
 from megatron_pz.plan.activations import kept, layer_bytes  # noqa: E402
 from megatron_pz.plan.assumptions import Assumptions  # noqa: E402
@@ -79,16 +78,7 @@ def agree_on_kept(case, ranks):
 
 def run(which, num_ranks, folder):
     report = folder / f"{which}.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-        + [str(LAYOUTS / "allocation_worker.py"), which, str(report)],
-        env=os.environ | {"PYTHONPATH": str(LAYOUTS.parents[1]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    on_ranks(num_ranks, LAYOUTS / "allocation_worker.py", which, report, timeout_s=280)
     return json.loads(report.read_text())
 
 

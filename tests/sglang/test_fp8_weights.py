@@ -14,8 +14,8 @@ import sglang_models
 import torch
 from safetensors.torch import load_file
 
-from megatron_pz.checkpoint.fp8 import all_encoded, dequantized
-from megatron_pz.config.fp8 import QUANTIZATION_CONFIG
+from megatron_pz.checkpoint.fp8 import all_encoded
+from megatron_pz.config.fp8 import BLOCK, QUANTIZATION_CONFIG
 from megatron_pz.sync.buckets import buckets
 from megatron_pz.sync.digests import fused_name
 from megatron_pz.sync.tensor import packed
@@ -51,7 +51,9 @@ def test_sglangs_fp8_model_takes_every_tensor_and_scale(kind, server_python, tmp
         assert found[name].dtype is tensor.dtype, name
         assert torch.equal(found[name].view(torch.uint8).flatten(), tensor.view(torch.uint8).flatten()), name
     name = "model.layers.0.self_attn.qkv_proj.weight"
-    queries = dequantized(found[name], found[name + "_scale_inv"])[:128]
+    scales = found[name + "_scale_inv"].repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    rows, columns = found[name].shape
+    queries = (found[name].float() * scales[:rows, :columns])[:128]
     wanted = plain["model.layers.0.self_attn.q_proj.weight"].float()
     assert float((queries - wanted).norm() / wanted.norm()) < 2**-4
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from demo_runs import ROOT, TEXT, arguments, rows, run, write_text
+from metric_ranges import out_of_range
 
 from megatron_pz.config.load import load_config
 from megatron_pz.platform.select import select_platform
-from megatron_pz.report.metrics import WHEN, out_of_range
+from megatron_pz.report.metrics import WHEN
 
 select_platform("cpu")  # before Megatron is imported
 

@@ -5,15 +5,14 @@ which is the same gap. Tables are printed (pytest -s).
 """
 
 import asyncio
-import importlib.util
 import json
 import shutil
 from dataclasses import replace
 
+import programs
 import pytest
 import sglang_models
 import torch
-from demo_runs import ROOT
 from safetensors.torch import load_file, save_file
 
 from megatron_pz.checkpoint.completion_lines import to_row
@@ -250,9 +249,7 @@ def test_a_server_in_bfloat16(launch, dense_model, tmp_path):
 
 
 def test_the_tool_prints_the_table_and_says_what_it_lacks(server, tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("mismatch_report", ROOT / "tools" / "mismatch_report.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = programs.tool("mismatch_report")
     config = replace(settings(server.model_path), corpus=CorpusConfig("text.jsonl"))
     (tmp_path / "config.toml").write_text(to_toml(config))
     assert tool.main([str(tmp_path)]) == 2

@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 from demo_runs import ROOT, TEXT, rows, run, write_text
+from metric_ranges import out_of_range
 
-from megatron_pz.report.metrics import WHEN, out_of_range
+from megatron_pz.report.metrics import WHEN
 
 pytestmark = pytest.mark.slow  # minutes; tests/sglang has shorter ones of the same parts
 

@@ -1,7 +1,6 @@
 """What a real server sampled is on disk token for token, and is read back and not asked for again: in tools/play.py, and
 in a run whose trainer was killed in the middle of a step."""
 
-import importlib.util
 import json
 import math
 import os
@@ -12,19 +11,13 @@ from collections import Counter
 
 import pytest
 from demo_runs import ROOT, TEXT, arguments, rows, write_text
+from programs import tool
 
 from megatron_pz.checkpoint.completion_lines import completions, read_lines
 from megatron_pz.checkpoint.journal import CompletionJournal
 from megatron_pz.corpus.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow  # minutes; tests/sglang has shorter ones of the same parts
-
-
-def tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

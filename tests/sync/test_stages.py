@@ -1,14 +1,12 @@
 """Four ranks: the first ranks of the pipeline stages together hand over the whole model (sync/collective.py, export.py)."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import hf_models
 import pytest
 import torch
+from programs import on_ranks
 from safetensors.torch import load_file
 
 from megatron_pz.sync.digests import server_digests
@@ -29,17 +27,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
     for name in set(CASES.values()):
         hf_models.make(name, folder / name)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    paths = os.pathsep.join([str(WORKER.parents[2]), str(WORKER.parents[1])])
-    done = subprocess.run(
-        [*launch, str(WORKER), str(folder)],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    on_ranks(4, WORKER, folder)
     return folder
 
 

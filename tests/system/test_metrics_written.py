@@ -5,8 +5,9 @@ import sys
 
 import pytest
 from demo_runs import TEXT, rows, run, write_text
+from metric_ranges import out_of_range
 
-from megatron_pz.report.metrics import METRICS, WHEN, out_of_range
+from megatron_pz.report.metrics import METRICS, WHEN
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """A loss that is not finite, from real causes: refused, kept, dumped, repeated by the tool, and gone on from."""
 
-import importlib.util
 import json
 import os
 import re
@@ -10,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import programs
 import pytest
 from demo_runs import ROOT, TEXT, arguments, checkpoints, rows, run, tiny_policy, write_text
 
@@ -31,10 +31,7 @@ MID_STEP_SEED = 1  # draws ONE_TEXT as the last text of step 2
 @pytest.fixture(scope="module")
 def replay():
     """The tool's `main`."""
-    spec = importlib.util.spec_from_file_location("replay_step", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return programs.tool("replay_step").main
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,7 @@ import json
 
 import pytest
 from demo_runs import TEXT, rows, run
-
-from megatron_pz.report.metrics import out_of_range
+from metric_ranges import out_of_range
 
 
 def test_a_run_with_verified_rewards_learns_and_leaves_its_record(tmp_path):

@@ -1,9 +1,9 @@
 """What tools/inspect_checkpoint.py says of whole, damaged, converted and foreign folders, and its exit status."""
 
-import importlib.util
 import json
 import shutil
 
+import programs
 import pytest
 from demo_runs import ROOT, run, tiny_policy, write_text
 
@@ -18,10 +18,7 @@ FILE = "shards/__0_0.distcp"
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("inspect_checkpoint", ROOT / "tools" / "inspect_checkpoint.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return programs.tool("inspect_checkpoint")
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """tools/plan_layout.py accepts every example that names a layout, and says of others what is wrong."""
 
-import importlib.util
 from pathlib import Path
 
+import programs
 import pytest
 from example_runs import RANKS
 
@@ -11,10 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("plan_layout", ROOT / "tools" / "plan_layout.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return programs.tool("plan_layout")
 
 
 def test_every_example_of_a_layout_has_its_number_of_ranks():

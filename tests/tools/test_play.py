@@ -1,15 +1,16 @@
 """The game without a trainer: what tools/play.py writes, goes on from, and does without."""
 
 import asyncio
-import importlib.util
 import json
 import random
 import subprocess
 import sys
 
+import programs
 import pytest
 from builders import TableEngine
 from demo_runs import ROOT, arguments, rows, tiny_policy, write_text
+from metric_ranges import out_of_range
 
 from megatron_pz.checkpoint.completion_lines import completions, read_lines
 from megatron_pz.config.load import load_config, read_config
@@ -17,7 +18,6 @@ from megatron_pz.corpus.reader import read_paragraphs
 from megatron_pz.corpus.tokenizer import load_tokenizer
 from megatron_pz.errors import EngineError
 from megatron_pz.game.prompts import Templates
-from megatron_pz.report.metrics import out_of_range
 from megatron_pz.tasks.registry import make_task
 
 NUM_ROUNDS = 3
@@ -25,10 +25,7 @@ NUM_ROUNDS = 3
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("play", ROOT / "tools" / "play.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return programs.tool("play")
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,12 @@
 """Each rank is handed its own samples, and few bytes for them."""
 
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 from builders import sample
+from programs import on_ranks
 
 from megatron_pz.batch.schedule import hands, plan_update
 
@@ -16,22 +14,7 @@ WORKER = Path(__file__).parents[1] / "layouts" / "deal_worker.py"
 
 
 def test_ranks_are_sent_their_own_samples_and_no_others(tmp_path):
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=4",
-            str(WORKER),
-            str(tmp_path),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    on_ranks(4, WORKER, tmp_path, timeout_s=240)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
     assert [one["update"][0]["dp_rank"] for one in found] == [0, 1, 0, 1]
     first, second = (set(one["update"][0]["samples"]) for one in found[:2])

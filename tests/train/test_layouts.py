@@ -5,12 +5,10 @@ parameters (`grad`) and of the worst one (`worst`); both stay under 1e-6 here an
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from programs import on_ranks
 
 WORKER = Path(__file__).parents[1] / "layouts" / "gradient_worker.py"
 TOLERANCE = 1e-5
@@ -37,16 +35,7 @@ UPDATED_OF_FOUR = ["moe dp4 ep2, updated", "vpp2 dp2, updated, overlapped", "cp2
 
 def _run(which: str, num_ranks: int, folder: Path) -> dict:
     report = folder / f"{which}.json"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    done = subprocess.run(
-        [*launch, str(WORKER), which, str(report)],
-        env=os.environ | {"PYTHONPATH": str(WORKER.parents[2]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    on_ranks(num_ranks, WORKER, which, report, timeout_s=280)
     found = json.loads(report.read_text())
     for name, errors in found.items():
         print(f"{name}: {errors}")

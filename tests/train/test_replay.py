@@ -1,14 +1,14 @@
 """Rounds told again from their records, and what the policy learns from them without an engine."""
 
 import asyncio
-import importlib.util
 import json
 import random
 from dataclasses import replace
 
+import programs
 import pytest
 from builders import TableEngine
-from demo_runs import ROOT, arguments, tiny_policy, write_text
+from demo_runs import arguments, tiny_policy, write_text
 from safetensors.numpy import load_file
 
 from megatron_pz.checkpoint.journal import JOURNAL_FOLDER, CompletionJournal
@@ -28,10 +28,7 @@ PER_STEP = 2
 @pytest.fixture(scope="module")
 def replay():
     """The tool's `main`."""
-    spec = importlib.util.spec_from_file_location("replay_step", ROOT / "tools" / "replay_step.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return programs.tool("replay_step").main
 
 
 @pytest.fixture(scope="module")
