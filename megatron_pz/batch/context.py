@@ -83,7 +83,7 @@ def share(batch: MicroBatch, size: int, rank: int) -> MicroBatch:
 
 
 def whole(shares: Sequence[np.ndarray], cu_seqlens: np.ndarray) -> np.ndarray:
-    """One value a token, [T, ...], from every rank's [T / size, ...].
+    """One value a token, [T, ...], from every rank's [T / size, ...]; the dtype is kept.
 
     >>> whole([np.array([10, 13]), np.array([11, 12])], np.array([0, 4])).tolist()
     [10, 11, 12, 13]

@@ -18,12 +18,12 @@ from megatron_pz.types import MicroBatch, Role, Sample, UpdatePlan
 class Dealt:
     """A sample on its way to a rank; 12 bytes a token where no experts are told."""
 
-    token_ids: np.ndarray  # int32
-    loss_weights: np.ndarray  # float32, scaled over the whole update
-    rollout_log_probs: np.ndarray  # float32
+    token_ids: np.ndarray  # int32 [length]
+    loss_weights: np.ndarray  # float32 [length], scaled over the whole update
+    rollout_log_probs: np.ndarray  # float32 [length]
     advantage: float
     role: Role | None
-    routed_experts: np.ndarray | None
+    routed_experts: np.ndarray | None  # int16 [length - 1, layers, top_k]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -59,15 +59,25 @@ class Packable(Protocol):
     """What is packed: a `Sample`, or what a rank is dealt of one (`batch.hand.Dealt`)."""
 
     @property
-    def token_ids(self) -> Sequence[int] | np.ndarray: ...
+    def token_ids(self) -> Sequence[int] | np.ndarray:
+        """Integers [length]; an array is int32."""
+        ...
+
     @property
-    def rollout_log_probs(self) -> Sequence[float] | np.ndarray: ...
+    def rollout_log_probs(self) -> Sequence[float] | np.ndarray:
+        """Numbers [length]; an array is float32."""
+        ...
+
     @property
     def advantage(self) -> float: ...
+
     @property
     def role(self) -> Role | None: ...
+
     @property
-    def routed_experts(self) -> np.ndarray | None: ...
+    def routed_experts(self) -> np.ndarray | None:
+        """int16 [length - 1, layers, top_k], as `Sample` has them."""
+        ...
 
 
 def micro_batch(
@@ -85,7 +95,7 @@ def micro_batch(
 
     Args:
         samples: of the step, or of the rank, by index.
-        weights: for each sample, its tokens' scaled loss weights.
+        weights: for each sample, its tokens' scaled loss weights, float32 [length].
         indices: of the samples that are packed.
         align: divisor of each context-parallel rank's tokens; the tensor-parallel size under sequence parallelism.
         context_size: context-parallel ranks; with several, each sequence ends in padding that makes it divisible.

@@ -61,7 +61,7 @@ class DigestedFile:
         return found.nbytes
 
     def write_tensor(self, value: Tensor) -> None:
-        """Append the numbers of `value`, which must not change afterwards."""
+        """Append the numbers of `value`, [...] of any dtype, which must not change afterwards."""
         self.lent = exact(value).reshape(-1).view(torch.uint8).numpy()
         self.write(self.lent.data)
         self.lent = None
@@ -138,7 +138,7 @@ class MappedFile:
         self._touched = 0
 
     def tensor(self, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-        """What stands at byte `offset`; to be read only."""
+        """The tensor [*shape] of `dtype` that stands at byte `offset`; to be read only."""
         count = math.prod(shape)
         if not count:
             return torch.empty(*shape, dtype=dtype)
@@ -155,7 +155,7 @@ class MappedFile:
 
 
 def exact(value: Tensor) -> Tensor:
-    """`value` contiguous, with a storage of its own size: `torch.save` writes a storage as a whole."""
+    """`value`, [...] of any dtype, contiguous and with a storage of its own size: `torch.save` writes a storage as a whole."""
     value = value.contiguous()
     if value.untyped_storage().nbytes() == value.nbytes or not value.numel():
         return value

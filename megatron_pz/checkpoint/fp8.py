@@ -19,7 +19,8 @@ KEPT = ("embed_tokens", "lm_head", "norm", "mlp.gate.")
 
 
 def encoded(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """What stands for `tensor` in an FP8 folder: its blocks and their scales, or bfloat16 where it is not quantised."""
+    """What stands for `tensor` in an FP8 folder: blocks and scales of a matrix [rows, columns], as `quantized`; bfloat16 of
+    others, and of those that are kept."""
     if tensor.dim() != 2 or any(part in name for part in KEPT):
         return [(name, tensor.to(torch.bfloat16))]
     blocks, scales = quantized(tensor)
@@ -27,7 +28,7 @@ def encoded(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def all_encoded(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """`encoded` of each in order: what a server with FP8 weights is handed, where it would be handed `tensors`."""
+    """`encoded` of each, [...] of any floating dtype, in order: what a server with FP8 weights is handed in place of `tensors`."""
     for name, tensor in tensors:
         yield from encoded(name, tensor)
 

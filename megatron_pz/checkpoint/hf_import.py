@@ -82,7 +82,7 @@ class TensorReader:
         return tuple(self._handle(self._file_of[name]).get_slice(name).get_shape())
 
     def read(self, name: str) -> torch.Tensor:
-        """One whole tensor, on the CPU, in the dtype of the file."""
+        """One whole tensor, [*shape(name)] in the dtype of the file, on the CPU."""
         path = self._file_of[name]
         try:
             return self._handle(path).get_tensor(name)

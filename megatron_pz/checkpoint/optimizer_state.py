@@ -33,11 +33,11 @@ PREFIX, MASTER = "optimizer.state", "param"
 class Held:
     """State of one parameter, or of a range of its numbers."""
 
-    parameter: Tensor  # of the model, this rank's
+    parameter: Tensor  # of the model, this rank's: [...] of `model.params_dtype`
     start: int
     stop: int  # the range, counted row by row
-    tensors: dict[str, Tensor]  # by name, of stop - start numbers each; `param` is the master
-    fill: Callable[[dict[str, Tensor]], None]
+    tensors: dict[str, Tensor]  # by name, [stop - start] each in the optimizer's dtype; `param` is the master
+    fill: Callable[[dict[str, Tensor]], None]  # takes such tensors, [stop - start] of any floating dtype
     instance: (
         int | None
     )  # where data-parallel ranks share the state out: which of its equal copies; None: each has all of it
@@ -61,7 +61,7 @@ def describe(state: Mapping[str, Any]) -> dict[int, Saved]:
 
 
 def pieces_to_save(optimizer: MegatronOptimizer, saved: Mapping[int, Saved]) -> Iterator[tuple[Place, Tensor]]:
-    """Every piece of state that this rank is the one to save."""
+    """Every piece of state that this rank is the one to save, [*place.shape] in the optimizer's dtype."""
     for one in held(optimizer):
         known = saved[id(one.parameter)]
         replica = known.replica_id if one.instance is None else (*known.replica_id[:2], one.instance)

@@ -41,7 +41,7 @@ Fact = list[Any]
 
 
 def write_piece(file: DigestedFile, place: Place, value: Tensor) -> Fact:
-    """Append `value`, in host memory, to `file`; what has to be known of it."""
+    """Append `value`, [*place.shape] of any dtype in host memory, to `file`; what has to be known of it."""
     start = file.tell()
     value = exact(value.detach())
     file.lent = value.reshape(-1).view(torch.uint8).numpy()
@@ -131,7 +131,7 @@ class PieceReader:
         return len(self._tensors[key].chunks)
 
     def read(self, place: Place) -> Tensor:
-        """What stands at `place`; rows of zeros where its vocabulary is padded further than the checkpoint's.
+        """What stands at `place`, [*place.shape] in the checkpoint's dtype; rows of zeros where its vocabulary is padded further.
 
         Raises:
             CheckpointError: a part of it is missing, or the whole tensor is of another shape.

@@ -51,7 +51,7 @@ class Parameter:
         )
 
     def cut(self, value: Tensor) -> list[tuple[Place, Tensor]]:
-        """`value` of the whole parameter as its pieces, in the shapes of their places."""
+        """`value` of the whole parameter, [...] of any dtype, as its pieces [*place.shape]."""
         if isinstance(self.saved, ShardedTensor):
             pieces = [value]
         else:
@@ -59,7 +59,7 @@ class Parameter:
         return [(place, piece.reshape(place.shape)) for piece, place in zip(pieces, self.places(), strict=True)]
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
-        """The whole parameter from the pieces of `places`: the inverse of `cut`."""
+        """The whole parameter, [...] in their dtype, from the pieces of `places`: the inverse of `cut`."""
         shape = self.shard.parameter.shape
         if isinstance(self.saved, ShardedTensorFactory):
             flat = [piece.reshape(piece.shape[-len(shape) :]) for piece in pieces]
@@ -68,11 +68,11 @@ class Parameter:
         return piece.reshape(piece.shape[-len(shape) :])
 
     def from_hf(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The whole parameter from its Hugging Face tensors."""
+        """The whole parameter, [...] in their dtype, from its Hugging Face tensors."""
         return self.shard.entry.mapping.to_shard(tensors, self.shard.shape, 0, 1)
 
     def to_hf(self, value: Tensor) -> list[Tensor]:
-        """Its Hugging Face tensors from the whole parameter."""
+        """Its Hugging Face tensors, [...] in its dtype, from the whole parameter."""
         return self.shard.entry.mapping.to_hf([value], self.shard.shape)
 
 

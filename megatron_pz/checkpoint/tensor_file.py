@@ -47,7 +47,7 @@ class TensorFile:
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """The next tensor."""
+        """The next tensor, of the shape [...] and dtype that its spec has."""
         wanted = self._rest.pop()
         assert wanted == (name, tensor.dtype, tuple(tensor.shape)), (wanted, name, tensor.dtype, tensor.shape)
         self._file.write_tensor(tensor)
@@ -74,7 +74,7 @@ class MappedTensors:
         self._files: dict[Path, tuple[MappedFile, int, dict[str, Any]]] = {}
 
     def read(self, name: str) -> Tensor:
-        """One whole tensor, in the dtype of the file."""
+        """One whole tensor, [*shape] in the dtype of the file."""
         path = self._reader.file_of(name)
         if path not in self._files:
             with path.open("rb") as file:

@@ -101,7 +101,7 @@ def text_paragraphs(text: str) -> list[str]:
 
 
 def evaluation_grams(files: Sequence[str], n: int) -> tuple[np.ndarray, int]:
-    """N-grams of every string in evaluation files, and how many texts are too short to have one."""
+    """N-grams of every string in evaluation files, sorted uint64 [grams], and how many texts are too short to have one."""
     return _grams(tuple(files), n)
 
 

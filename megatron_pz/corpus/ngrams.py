@@ -39,14 +39,14 @@ def gram_hashes(text: str, n: int) -> np.ndarray:
 
 
 def forbidden_grams(texts: Iterable[str], n: int) -> tuple[np.ndarray, int]:
-    """Sorted distinct n-grams of `texts`, and how many texts are too short to have one."""
+    """Sorted distinct n-grams of `texts`, uint64 [grams], and how many texts are too short to have one."""
     found = [gram_hashes(text, n) for text in texts]
     short = sum(not len(hashes) for hashes in found)
     return np.unique(np.concatenate([np.empty(0, dtype=np.uint64), *found])), short
 
 
 def shares_gram(text: str, forbidden: np.ndarray, n: int) -> bool:
-    """True where a run of `n` words of `text` is in `forbidden` (sorted)."""
+    """True where a run of `n` words of `text` is in `forbidden`, sorted uint64 [grams]."""
     if not len(forbidden):
         return False
     hashes = gram_hashes(text, n)

@@ -39,16 +39,16 @@ class Mapping(Protocol):
         ...
 
     def to_shard(self, tensors: Sequence[Tensor], shape: TensorShape, rank: int, size: int) -> Tensor:
-        """Shard `rank` of `size` of the parameter, from its whole HF tensors in the order of `hf_names`."""
+        """Shard `rank` of `size` of the parameter, [...] in their dtype, from its whole HF tensors in the order of `hf_names`."""
         ...
 
     def to_hf(self, shards: Sequence[Tensor], shape: TensorShape) -> list[Tensor]:
-        """The whole HF tensors, from the parameter's shards in rank order."""
+        """The whole HF tensors, [...] in their dtype, from the parameter's shards in rank order."""
         ...
 
 
 @dataclass(frozen=True)
-class Direct:
+class Direct(Mapping):
     """One tensor for one parameter, cut along `split` (None: every rank has all of it)."""
 
     hf_name: str
@@ -69,7 +69,7 @@ class Direct:
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class Vocabulary(Mapping):
     """A table with one row a token: rows of zeros are added up to the padded vocabulary, then it is cut by rows."""
 
     hf_name: str
@@ -91,7 +91,7 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class FusedQKV:
+class FusedQKV(Mapping):
     """Query, key and value in one parameter: per query group its query heads, then its key head, then its value head."""
 
     query: str
@@ -119,7 +119,7 @@ class FusedQKV:
 
 
 @dataclass(frozen=True)
-class GatedMLP:
+class GatedMLP(Mapping):
     """Gate and up projection in one parameter; each rank holds its rows of the gate, then its rows of the up."""
 
     gate: str
@@ -141,7 +141,7 @@ class GatedMLP:
 
 
 @dataclass(frozen=True)
-class Experts:
+class Experts(Mapping):
     """The same parameter in every expert: `inner`, sharded over the experts' own tensor-parallel group."""
 
     inner: Mapping

@@ -119,7 +119,7 @@ class PolicyModel(GPTModel):
         return torch.stack(self.head(hidden, labels.squeeze(0), wanted, temperature))
 
     def head(self, hidden: Tensor, labels: Tensor, wanted: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probability of each label [T] and entropy of its distribution, from hidden states [T, 1, H] of all tokens."""
+        """Log-probability of each label (int64 [T]) and entropy of its distribution, from hidden states [T, 1, H] of all tokens."""
         return token_log_probs(
             hidden.squeeze(1),
             self.head_weight(),
@@ -143,7 +143,7 @@ class PolicyModel(GPTModel):
         return hidden_states
 
     def head_weight(self) -> Tensor:
-        """Rows of the output layer on this rank, [padded V / tp, H]."""
+        """Rows of the output layer on this rank, [padded V / tp, H] of `model.params_dtype`."""
         is_shared = self.share_embeddings_and_output_weights
         return self.shared_embedding_or_output_weight() if is_shared else self.output_layer.weight
 

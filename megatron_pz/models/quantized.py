@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def plain(parameter: Tensor) -> Tensor:
-    """The parameter's numbers as an ordinary tensor, without gradient."""
+    """The parameter's numbers as an ordinary tensor [...] of the dtype that it passes for, without gradient."""
     # Every tensor has `dequantize`; only those of a class of their own need it.
     is_plain = type(parameter) in (Tensor, torch.nn.Parameter)
     return parameter.detach() if is_plain else parameter.dequantize().detach()
@@ -22,7 +22,7 @@ def plain(parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(parameter: Tensor, values: Tensor) -> None:
-    """Set the parameter, and what the optimizer's master will be made of."""
+    """Set the parameter, and what the optimizer's master will be made of; `values` are [...] as it, of any floating dtype."""
     parameter.copy_(values)
     unrounded: Any = getattr(parameter, "get_high_precision_init_val", None)
     kept = None if unrounded is None else unrounded()

@@ -14,7 +14,7 @@ from megatron_pz.models.shards import shards_of
 
 
 def random_tensor(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
-    """float32 normal numbers for a matrix, ones for a norm; the same for the same name, shape and seed everywhere."""
+    """float32 [*shape]: normal numbers for a matrix, ones for a norm; the same for the same name, shape and seed everywhere."""
     if len(shape) == 1:
         return torch.ones(shape)
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()

@@ -63,7 +63,7 @@ class GivenChoice:
         group_topk: int | None = None,
         default_compute_topk: TopK | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Scores [tokens, k], with their gradient, and numbers of the chosen experts. Called by Megatron's router.
+        """Scores [tokens, k], with their gradient, and int64 numbers of the chosen experts. Called by Megatron's router.
 
         Args:
             scores: [tokens, experts], by which the router itself would choose.

@@ -22,13 +22,13 @@ class Shard:
 
     entry: Entry
     hf_names: tuple[str, ...]
-    parameter: Tensor
+    parameter: Tensor  # [...] of `model.params_dtype`, or in FP8
     rank: int  # its place among the ranks that share the tensor
     size: int  # how many they are
     shape: TensorShape
 
     def fill(self, read: Callable[[str], Tensor]) -> None:
-        """Copy this rank's piece of the tensors that `read` returns into the parameter, in the parameter's dtype.
+        """Copy this rank's piece of the tensors [*hf_shape] that `read` returns into the parameter, in the parameter's dtype.
 
         Raises:
             ModelError: a tensor is not of the shape that the parameter needs.

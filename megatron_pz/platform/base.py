@@ -51,7 +51,7 @@ class Platform(ABC):
         """Make megatron importable and runnable here. Idempotent."""
 
     def to_device(self, values: np.ndarray) -> torch.Tensor:
-        """A copy of the array on the device (on a CPU, perhaps the array itself), for which the host does not wait."""
+        """A copy of the array, [...] of any dtype, on the device (on a CPU, perhaps itself), for which the host does not wait."""
         return torch.as_tensor(values).to(self.device)
 
     @abstractmethod

@@ -39,7 +39,7 @@ def attend_shared(
     attend: Attend,
     group: Any,
 ) -> Tensor:
-    """Attention output [T / size, heads * dim] of this rank's tokens.
+    """Attention output [T / size, heads * dim] of this rank's tokens, in the dtype of `query`.
 
     Args:
         query: [T / size, heads, dim]; key and value likewise, with their own heads.

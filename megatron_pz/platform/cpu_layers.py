@@ -31,7 +31,7 @@ class KeyValueCache(Protocol):
             value: [s, b, key heads of this rank, dim].
 
         Returns:
-            [s, b, query heads * dim].
+            [s, b, query heads * dim], in the dtype of `value`.
         """
         ...
 
@@ -94,7 +94,7 @@ class PackedAttention(torch.nn.Module):
             packed_seq_params: cumulative lengths of the sequences, or None for one sequence a row.
 
         Returns:
-            [T, heads * dim], else [s, b, heads * dim].
+            [T, heads * dim], else [s, b, heads * dim], in the dtype of `query`.
         """
         if self.cache is not None:
             return self.cache.attend(self.layer_index, query, key, value)

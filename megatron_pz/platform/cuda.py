@@ -52,7 +52,7 @@ class CudaPlatform(Platform):
         self._engine_fault = transformer_engine.fault()
 
     def to_device(self, values: np.ndarray) -> torch.Tensor:
-        """Through pinned memory: a copy from any other has the host wait."""
+        """Through pinned memory, [...] of any dtype: a copy from any other has the host wait."""
         return torch.as_tensor(values).pin_memory().to(self.device, non_blocking=True)
 
     def synchronize(self) -> None:

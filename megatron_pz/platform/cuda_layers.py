@@ -21,7 +21,7 @@ class CachedAttention(TEDotProductAttention):
         self.cache: KeyValueCache | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Attention output [T, heads * dim], or [s, b, heads * dim] from the cache."""
+        """Attention output [T, heads * dim], or [s, b, heads * dim] from the cache, in the dtype of `query`."""
         if self.cache is not None:
             return self.cache.attend(self.layer_index, query, key, value)
         return super().forward(query, key, value, *args, **kwargs)

@@ -15,7 +15,7 @@ Source: torch.multiprocessing.reductions; SGLang's `srt/utils/patch_torch.py` re
 
 
 def reduced(tensor: Tensor) -> tuple[Any, ...]:
-    """Torch's recipe of the tensor, for a pickle; a GPU stands in it by its UUID instead of its number.
+    """Torch's recipe of the tensor, [...] of any dtype, for a pickle; a GPU stands in it by its UUID instead of its number.
 
     A server is started with its own GPUs visible only, so that our GPU 3 is its GPU 0. SGLang reads both.
     """

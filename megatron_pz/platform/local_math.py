@@ -19,14 +19,14 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; `weight` has its size."""
+    """x / sqrt(mean(x^2) + eps) * weight of `x` [..., H] and `weight` [H], in the dtype of `x`."""
     if not torch.is_grad_enabled():
         return (x * _inverse_rms(x, eps) * weight).to(x.dtype)
     return _RMSNorm.apply(x, weight, eps)
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) * up of `x` [..., 2F], gate first; [..., F]."""
+    """silu(gate) * up of `x` [..., 2F], gate first: [..., F] of its dtype."""
     return _Swiglu.apply(x) if torch.is_grad_enabled() else _swiglu(x)
 
 
@@ -42,7 +42,7 @@ def split_heads(
         rotation: cosines and sines [T, 1, 1, D], second half equal to the first; None: no rotary embedding.
 
     Returns:
-        query [T, G * R, D], key [T, G, D], value [T, G, D].
+        query [T, G * R, D], key [T, G, D], value [T, G, D], in the dtype of `mixed`.
     """
     query_weight, key_weight = weights or (None, None)
     cos, sin = rotation or (None, None)

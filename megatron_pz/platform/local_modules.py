@@ -34,7 +34,8 @@ class LocalSelfAttention(SelfAttention):
         packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As Megatron's. The rotary embedding is not handed on: it is done with when query and key are there."""
+        """As Megatron's, of hidden states [s, b, H] of `params_dtype`. The rotary embedding is not handed on: it is done with
+        when query and key are there."""
         self._is_fused = self._can_fuse(hidden_states, rotary_pos_emb)
         if self._is_fused:
             if self._is_rotated(rotary_pos_emb):
@@ -48,7 +49,7 @@ class LocalSelfAttention(SelfAttention):
             self._rotation = None
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """[s, b, heads, D] of query, key and value, ready for attention."""
+        """Query, key and value [s, b, heads, D] in the dtype of `hidden_states` [s, b, H], ready for attention."""
         if not self._is_fused:
             return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         return self._heads(self.linear_qkv(hidden_states)[0], self._rotation)
@@ -65,7 +66,7 @@ class LocalSelfAttention(SelfAttention):
         return query, key, value
 
     def attend_cached(self, hidden: Tensor, angles: Tensor | None) -> Tensor:
-        """Output [s, 1, heads * D] of the core attention, through its cache; for `LocalTransformerLayer`."""
+        """Output [s, 1, heads * D] of the core attention, in the dtype of `hidden` [s, 1, H], through its cache."""
         rotation = _rotation(angles, None, hidden.dtype) if self._is_rotated(angles) else None
         query, key, value = self._heads(F.linear(hidden, self.linear_qkv.weight), rotation)
         return self.core_attention.cache.attend(self.layer_number - 1, query, key, value)
@@ -106,7 +107,7 @@ class LocalMLP(MLP):
     """A gated MLP whose activation is one step."""
 
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any) -> Any:
-        """As Megatron's."""
+        """As Megatron's: [s, b, H] in the dtype of `hidden_states`, and a bias."""
         if per_token_scale is not None or not self.is_plain(hidden_states):
             return super().forward(hidden_states, per_token_scale, **kwargs)
         intermediate, bias = self.linear_fc1(hidden_states)
@@ -115,7 +116,7 @@ class LocalMLP(MLP):
         return self.linear_fc2(local_math.swiglu(intermediate))
 
     def is_plain(self, hidden: Tensor) -> bool:
-        """Whether the activation is SwiGLU and nothing else."""
+        """Whether the activation is SwiGLU and nothing else, and `hidden` [...] of a dtype that `local_math` computes in."""
         config = self.config
         return (
             config.gated_linear_unit
@@ -138,7 +139,7 @@ class LocalTransformerLayer(TransformerLayer):
             self.mlp.__class__ = LocalMLP
 
     def forward(self, hidden_states: Tensor, *args: Any, rotary_pos_emb: Any = None, **kwargs: Any) -> Any:
-        """As Megatron's: (hidden states [s, b, H], context)."""
+        """As Megatron's: (hidden states [s, b, H] in the dtype of those given, context)."""
         if torch.is_grad_enabled() or not self._is_bare(hidden_states, rotary_pos_emb):
             return super().forward(hidden_states, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
         attention, mlp = self.self_attention, self.mlp

@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def gather(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`_gather_along_first_dim` that fills up: [sum of sizes, ...] from each rank's [its size, ...]."""
+    """`_gather_along_first_dim` that fills up: [sum of sizes, ...] from each rank's [its size, ...], of one dtype."""
 
     @functools.wraps(stock)
     def gathered(

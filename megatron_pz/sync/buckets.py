@@ -11,8 +11,8 @@ Bucket = list[tuple[str, Tensor]]
 
 
 def buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[Bucket]:
-    """`tensors` in groups of one dtype, in order within a dtype; all that wait together have at most `max_bytes`, and a tensor
-    that is larger goes alone.
+    """`tensors`, [...] each, in groups of one dtype, in order within a dtype; all that wait together have at most `max_bytes`, and
+    a tensor that is larger goes alone.
 
     One dtype, so that each tensor begins at a multiple of its element's size where a group is one run of bytes. Groups of
     several dtypes fill side by side: FP8 weights and their float32 scales come by turns.
@@ -31,5 +31,5 @@ def buckets(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[B
 
 
 def joined(bucket: Bucket) -> Tensor:
-    """The bytes of all tensors of `bucket`, one after the other, on their device; uint8."""
+    """The bytes of all tensors of `bucket`, one after the other, on their device: uint8 [bytes]."""
     return torch.cat([tensor.detach().contiguous().view(-1).view(torch.uint8) for _, tensor in bucket])

@@ -38,7 +38,7 @@ def server_digests(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) ->
     """Digest by the server's name of a tensor.
 
     Args:
-        tensors: whole ones by Hugging Face name.
+        tensors: whole ones [...] by Hugging Face name.
         dtype: of the server's weights.
     """
     hashes: dict[str, hashlib._Hash] = {}

@@ -19,7 +19,7 @@ from megatron_pz.models.shards import Shard, complete_weights, shards_of
 def iterate_hf_tensors(
     chunks: Sequence[torch.nn.Module], group: Any = None, to_rank: int | None = 0
 ) -> Iterator[tuple[str, Tensor]]:
-    """(HF name, whole tensor) of every weight that `group` holds, on one rank; nothing on its other ranks, which must
+    """(HF name, whole tensor [...] in its dtype) of every weight that `group` holds, on one rank; nothing on others, which must
     iterate too.
 
     Never more than one parameter is whole at a time. Tensors are detached and on the CPU where there are several ranks.

@@ -71,7 +71,7 @@ class PolicyDecoder:
             self.policy.train(was_training)
 
     def logits(self, cache: SharedPromptCache, token_ids: Tensor, positions: Tensor, wanted: Tensor | None) -> Tensor:
-        """Logits [n, V] after the tokens `wanted`; see `engine.embedded.batch.Decoder`."""
+        """Logits [n, V] after the tokens `wanted`, in the model's dtype; see `engine.embedded.batch.Decoder`."""
         size = token_ids.shape[0]
         padding = -size % self._multiple
         if padding:

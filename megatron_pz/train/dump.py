@@ -36,7 +36,7 @@ class Dump:
     hf_config: dict[str, Any]  # config.json of the model
     plan: UpdatePlan  # this rank's micro-batches
     old_log_probs: list[np.ndarray] | None  # float32 [T] a micro-batch
-    ref_log_probs: list[np.ndarray] | None
+    ref_log_probs: list[np.ndarray] | None  # the same, of the reference policy: float32 [T]
     weights: Weights  # before the update, and after it: it was refused
 
     @staticmethod

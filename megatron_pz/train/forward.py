@@ -224,7 +224,7 @@ def scored_rows(
 
 
 def whole_rows(shares: Sequence[np.ndarray], micro_batches: Sequence[MicroBatch]) -> list[np.ndarray]:
-    """Values of every micro-batch's tokens, [T] each, from those that the objective gave of this rank's share of them.
+    """Values of every micro-batch's tokens, [T] each in their dtype, from those that the objective gave of this rank's share of them.
 
     Collective over context-parallel ranks; stages before the last, which have none, are given and get none.
     """

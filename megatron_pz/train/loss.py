@@ -147,7 +147,7 @@ def supervised_loss(log_probs: Tensor, weights: Tensor) -> tuple[Tensor, dict[st
 
 
 def k3(log_ratio: Tensor) -> Tensor:
-    """exp(d) - 1 - d of d = log(q / p): an estimate of KL(p || q) by samples of p that is never negative."""
+    """exp(d) - 1 - d of d = log(q / p), [...] floating: an estimate of KL(p || q) by samples of p that is never negative."""
     clamped = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return torch.expm1(clamped) - clamped
 

@@ -161,7 +161,7 @@ class Rescorer:
         self._loaded: dict[Dtype, tuple[int, Rounded]] = {}
 
     def gaps(self, played: SavedRound, reading: Reading) -> np.ndarray:
-        """Trainer's log-prob less engine's of every response token of the round, in nats; float64."""
+        """Trainer's log-prob less engine's of every response token of the round, in nats: float64 [response tokens]."""
         scored = [np.zeros(batch.num_tokens, np.float64) for batch in played.batches]
         for version, is_scored in self._by_version(played, reading):
             rows = self._score(played, reading, version)
@@ -289,7 +289,7 @@ def _head(model: PolicyModel, reading: Reading) -> Callable[..., tuple[Tensor, T
 
 
 def nucleus_mass(log_probs: Tensor, top_p: float) -> Tensor:
-    """Probability [n] of the fewest likeliest of [n, V] that together have at least `top_p`.
+    """Probability of the fewest likeliest that together have at least `top_p`: [n] of `log_probs`, floating [n, V].
 
     >>> nucleus_mass(torch.tensor([[0.5, 0.3, 0.2]]).log(), 0.6)
     tensor([0.8000])

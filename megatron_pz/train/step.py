@@ -147,7 +147,7 @@ class Trainer:
 
     @torch.no_grad()
     def entropies(self, micro_batches: Sequence[MicroBatch]) -> list[np.ndarray]:
-        """Entropies of the distributions that trained tokens are drawn from, in nats; as `score`, routers choose."""
+        """Entropies of the distributions that trained tokens are drawn from, in nats: float32 [T] each, as `score`; routers choose."""
         return self._forward(micro_batches, ENTROPIES, replays_routing=False)
 
     def _forward(self, micro_batches: Sequence[MicroBatch], row: int, replays_routing: bool) -> list[np.ndarray]:
@@ -162,7 +162,7 @@ class Trainer:
         )
 
     def objective(self, batch: DeviceBatch, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(summed loss, trained tokens, statistics) of this rank's tokens of a micro-batch; `output` is [2, T]."""
+        """(summed loss, trained tokens, statistics) of this rank's tokens of a micro-batch; `output` is float32 [2, T]."""
         log_probs, entropy = output
         before = log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs
         if self.is_supervised:

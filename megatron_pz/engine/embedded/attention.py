@@ -35,7 +35,7 @@ FUSED_FROM = 16
 
 
 def attend_part_plainly(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """`attend_part` in plain torch, for any device."""
+    """`attend_part` in plain torch, for any device: output [B, G, Q, D] in the dtype of `value`, and float32 [B, G, Q]."""
     batch, groups, queries, dim = query.shape
     length = key.shape[2]
     flat = (batch * groups, length, dim)
@@ -48,6 +48,6 @@ def attend_part_plainly(query: Tensor, key: Tensor, value: Tensor, bias: Tensor)
 
 
 def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
-    """Attention over the keys of both parts, [..., D], from each part's output [..., D] and log-sum-exp [...]."""
+    """Attention over the keys of both parts, [..., D], from each part's output [..., D] and log-sum-exp, float32 [...]."""
     weight = torch.sigmoid(second[1] - first[1])[..., None]
     return torch.lerp(first[0], second[0], weight.to(first[0].dtype))

@@ -123,7 +123,7 @@ class DecodePlan:
         return self.starts + self.written
 
     def targets(self, groups: int, length: int) -> Tensor:
-        """Where the new keys go in a store [rows, groups, length, D] seen as [rows * groups * length, D]; [R * groups]."""
+        """Where the new keys go in a store [rows, groups, length, D] seen as [rows * groups * length, D]: int64 [R * groups]."""
         if self._targets is None or self._targets[:2] != (groups, length):
             heads = self._rows[:, None] * groups + torch.arange(groups, device=self._rows.device)
             self._targets = (groups, length, (heads * length + self.written[:, None]).flatten())
@@ -146,7 +146,7 @@ class SharedPromptCache:
             key: [s, 1, G, D]; value likewise.
 
         Returns:
-            [s, 1, query heads * D], zeros at the padding.
+            [s, 1, query heads * D] in the dtype of `value`, zeros at the padding.
         """
         assert self.plan is not None, "a forward with a cache needs a plan"
         answer = self._prefill if isinstance(self.plan, PrefillPlan) else self._decode

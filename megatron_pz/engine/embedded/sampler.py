@@ -33,7 +33,7 @@ class RowParams:
 
     temperature: Tensor | None  # float32 [n, 1]; greedy rows have 1
     greedy: Tensor | None  # bool [n]
-    restricted: Tensor | None  # int64, rows with a top-k or top-p
+    restricted: Tensor | None  # int64 [restricted rows], those with a top-k or top-p
     top_k: Tensor | None  # int64 [restricted rows, 1], V where off
     top_p: Tensor | None  # float32 [restricted rows, 1]
     all_greedy: bool
@@ -55,7 +55,7 @@ class RowParams:
 
 
 def restrict(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """`probs` [n, V] with zeros outside the kept set; not renormalised.
+    """`probs`, float32 [n, V], with zeros outside the kept set; not renormalised.
 
     Kept are the `top_k` [n, 1] likeliest tokens, and of these the fewest whose share reaches `top_p` [n, 1]; at least
     one token. Among equals the lower id goes first.

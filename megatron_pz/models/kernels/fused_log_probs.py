@@ -252,7 +252,7 @@ class FusedTokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of this rank's part of the hidden states, and of its weight."""
+        """Gradients of this rank's part of the hidden states [n, H], and of its weight [V, H], in their dtype."""
         hidden, weight, places, log_normalizer = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         temperature, num_rows = ctx.settings
