@@ -72,3 +72,20 @@ def test_the_tutorial_s_settings_load_and_its_jobs_flags_are_known(tmp_path):
     assert len(jobs) == 3
     for flags in jobs:
         validate(load_config([str(tmp_path / "first.toml"), *flags.split()]), world_size=8)
+
+
+def test_decisions_are_numbered_without_a_gap_and_say_what_would_change_our_mind():
+    pages = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+    assert [page.name[:4] for page in pages] == [f"{number:04d}" for number in range(1, len(pages) + 1)]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert text.startswith(f"# {page.name[:4]} "), page.name
+        for part in ("**Context.**", "**Choice", "**What would change our mind.**"):
+            assert part in text, f"{page.name} has no {part}"
+
+
+def test_decisions_that_the_code_points_at_are_there():
+    numbers = {page.name[:4] for page in (ROOT / "docs" / "decisions").glob("*.md")}
+    code = "".join((ROOT / name).read_text(encoding="utf-8") for name in tracked("megatron_pz/*.py"))
+    named = set(re.findall(r"docs/decisions/(\d{4})", code))
+    assert named and named <= numbers

@@ -4,7 +4,10 @@ import os
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
+
+import grimp
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_pz"
@@ -59,6 +62,13 @@ def test_a_forbidden_import_breaks_a_contract(tmp_path, capsys, monkeypatch):
     )
     assert run.returncode != 0
     assert len(re.findall(r" BROKEN$", run.stdout, flags=re.MULTILINE)) == 5, run.stdout + run.stderr
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = grimp.build_graph("megatron_pz", cache_dir=None)  # imports inside functions and for types count too
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    assert imports["megatron_pz.train.loop"] and imports["megatron_pz.doctor.patient"]
+    TopologicalSorter(imports).prepare()  # CycleError names the circle
 
 
 def test_only_the_platform_and_kernels_ask_for_cuda():

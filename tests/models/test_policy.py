@@ -14,7 +14,6 @@ from megatron_pz.config.schema import Config, ModelConfig, TrainConfig  # noqa: 
 from megatron_pz.models.folder import read_hf_config  # noqa: E402
 from megatron_pz.models.policy import build_policy  # noqa: E402
 from megatron_pz.models.shards import shards_of  # noqa: E402
-from megatron_pz.train.parallel import init_parallel, shutdown  # noqa: E402
 
 TOLERANCE = 1e-4  # of logits with standard deviation 1.5; 6e-6 is seen
 ROW = torch.cat(hf_models.sequences())
@@ -22,26 +21,20 @@ POSITIONS = torch.cat([torch.arange(length) for length in hf_models.LENGTHS])
 BOUNDS = torch.tensor([0, *hf_models.LENGTHS]).cumsum(0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def alone():
-    init_parallel(Config().parallel, PLATFORM, seed=1)
-    yield
-    shutdown()
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
+def loaded(folder):
     """(policy, expected logits) of a model by name."""
     made = {}
 
     def get(name):
         if name not in made:
-            folder = tmp_path_factory.mktemp("hf") / "model"
-            hf_models.make(name, folder)
             config = Config(train=TrainConfig(log_prob_chunk_tokens=5))
-            model = build_policy(read_hf_config(folder), config, PLATFORM).eval()
-            load_hf_weights([model], folder)
-            made[name] = (model, hf_models.expected_logits(folder))
+            model = build_policy(read_hf_config(folder(name)), config, PLATFORM).eval()
+            load_hf_weights([model], folder(name))
+            made[name] = (model, hf_models.expected_logits(folder(name)))
         return made[name]
 
     return get

@@ -17,7 +17,6 @@ from megatron_pz.errors import ConfigError, EngineError  # noqa: E402
 from megatron_pz.models.folder import read_hf_config  # noqa: E402
 from megatron_pz.models.policy import build_policy  # noqa: E402
 from megatron_pz.models.routing_replay import UNKNOWN  # noqa: E402
-from megatron_pz.train.parallel import init_parallel, shutdown  # noqa: E402
 
 
 def bounds_of(sequences):
@@ -31,24 +30,7 @@ ROW = torch.cat(SEQUENCES)
 BOUNDS = bounds_of(SEQUENCES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def alone():
-    init_parallel(Config().parallel, PLATFORM, seed=1)
-    yield
-    shutdown()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = {}
-
-    def get(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp("hf") / "model"
-            hf_models.make(name, made[name])
-        return made[name]
-
-    return get
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def policy(folder, *, replay=True, dtype="float32", **transformer):

@@ -51,11 +51,15 @@ def test_sglangs_fp8_model_takes_every_tensor_and_scale(kind, server_python, tmp
         assert found[name].dtype is tensor.dtype, name
         assert torch.equal(found[name].view(torch.uint8).flatten(), tensor.view(torch.uint8).flatten()), name
     name = "model.layers.0.self_attn.qkv_proj.weight"
-    scales = found[name + "_scale_inv"].repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
-    rows, columns = found[name].shape
-    queries = (found[name].float() * scales[:rows, :columns])[:128]
+    queries = dequantized(found[name], found[name + "_scale_inv"])[:128]
     wanted = plain["model.layers.0.self_attn.q_proj.weight"].float()
     assert float((queries - wanted).norm() / wanted.norm()) < 2**-4
+
+
+def dequantized(blocks, scales):
+    """float32, the inverse of `checkpoint.fp8.quantized` but for rounding."""
+    spread = scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+    return blocks.float() * spread[: blocks.shape[0], : blocks.shape[1]]
 
 
 def fused(tensors):
