@@ -34,7 +34,7 @@ from typing import Any
 import psutil
 from controller_table import parts_of, ratios, tabulated
 from parts_meter import Parts, watch_json
-from streaming import cpu_name
+from records import cpu_name
 
 PARTS = Parts()
 watch_json(PARTS)  # aiohttp keeps what it finds

@@ -28,7 +28,7 @@ from typing import Any
 
 import mwparserfromhell
 import psutil
-from streaming import cpu_name
+import records
 from wiki_dump import write_dump
 
 from megatron_pz.corpus import wikitext
@@ -150,7 +150,7 @@ def write(
     lines = [
         "# `tools/prepare_corpus.py` beside decompression",
         "",
-        f"{date.today()}, {cpu_name()}, two virtual cores, load average {os.getloadavg()[1]:.1f}. "
+        f"{date.today()}, {records.cpu_name()}, two virtual cores, load average {os.getloadavg()[1]:.1f}. "
         f"A dump of {facts['pages']} pages, {size:.1f} MB of XML in {facts['file_bytes'] / 1e6:.1f} MB of bzip2; "
         f"{facts['card']['paragraphs']} paragraphs. Medians of {len(rounds['decompression'])} rounds (lowest to highest). "
         f"A run of the tool on 100 pages takes {facts['start']['cpu']:.1f} CPU-s and {facts['start']['resident'] / MIB:.0f} MiB, "
@@ -183,9 +183,7 @@ def write(
         ),
     ]
     record = {
-        "date": str(date.today()),
-        "cpu": cpu_name(),
-        "load_average": os.getloadavg(),
+        **records.here(),
         "python": sys.version.split()[0],
     }
     commit = subprocess.run(

@@ -11,19 +11,17 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
+import records
 import torch
 from gemm import Shape, gemm_rate
-from grpo_vs_trl import cpu_name
 
 torch.set_num_threads(1)
 
@@ -170,15 +168,12 @@ def main() -> None:
     floor = floors(shape, means, rates)
     table = tabulated(means, floor)
     record = {
-        "date": str(date.today()),
-        "cpu": cpu_name(),
-        "load_average": os.getloadavg(),
+        **records.here(),
         "steps": kept,
         "means": means,
         "floor_s": floor,
         "gemm_flops_per_s": rates,
     }
-    arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     told = (
         f"{record['date']}, {record['cpu']}, one thread, {len(kept)} steps. Matrix products of these shapes: "
         f"{rates['update'] / 1e9:.0f} GFLOP/s in an update, {rates['decode'] / 1e9:.0f} with {rows} rows.\n\n"
@@ -187,7 +182,7 @@ def main() -> None:
         f"decode steps), {means['n_packed_tokens']:.0f} packed tokens of which {means['n_trained_tokens']:.0f} trained."
     )
     text = f"# A step of the demo, phase by phase\n\n{told}\n\n{table}"
-    arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
+    records.write(arguments.out, record, text)
     print("\n" + text)
 
 

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+import records
 import torch
-from grpo_vs_trl import cpu_name
 
 torch.set_num_threads(1)
 
@@ -117,20 +115,17 @@ def main() -> None:
     table = "\n".join(lines) + "\n"
     versions = {package: version(package) for package in ("torch", "megatron-core", "transformers")}
     record = {
-        "date": str(date.today()),
-        "cpu": cpu_name(),
-        "load_average": os.getloadavg(),
+        **records.here(),
         "versions": versions,
         "prompt_tokens_mean": statistics.fmean(map(len, prompts)),
         "tokens_per_cpu_s": rates,
     }
-    arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     told = (
         f"{record['date']}, {record['cpu']}, one thread, float32; prompts of {record['prompt_tokens_mean']:.0f} tokens "
         "on average; " + ", ".join(f"{package} {number}" for package, number in versions.items())
     )
     text = f"# Generation beside transformers\n\n{told}.\n\n{table}"
-    arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
+    records.write(arguments.out, record, text)
     print("\n" + table)
 
 

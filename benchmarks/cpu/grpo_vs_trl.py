@@ -16,9 +16,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+
+import records
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -102,21 +103,18 @@ def main() -> None:
     if arguments.half:
         compared["bfloat16"] = ratios(runs, *HALF_SIDES)
     record = {
-        "date": str(date.today()),
-        "cpu": cpu_name(),
-        "load_average": os.getloadavg(),
+        **records.here(),
         "versions": {name: version(name) for name in ("torch", "megatron-core", "transformers", "trl")},
         "shape": dict(zip(("prompts", "group", "prompt_tokens", "response_tokens"), map(int, SHAPE), strict=True)),
         "rounds": runs,
         "ratios": compared,
     }
     table = tabulated(runs, compared)
-    arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     about = f"{record['date']}, {record['cpu']}, one thread; " + ", ".join(
         f"{name} {number}" for name, number in record["versions"].items()
     )
     text = f"# A GRPO step beside TRL's\n\n{about}; {arguments.rounds} rounds, sides by turns, in one run.\n\n{table}\n{WORK}"
-    arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
+    records.write(arguments.out, record, text)
     print("\n" + table)
 
 
@@ -143,14 +141,6 @@ def tabulated(runs: dict[str, list[dict]], compared: dict[str, dict[str, float]]
             f"| {found['total_least']:.2f} to {found['total_most']:.2f} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def cpu_name() -> str:
-    """The processor's name as Linux has it."""
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return "unknown CPU"
 
 
 if __name__ == "__main__":

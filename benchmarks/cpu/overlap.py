@@ -20,6 +20,7 @@ import tempfile
 from datetime import date
 from pathlib import Path
 
+import records
 from real_server import KEY, real_server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +93,6 @@ def write(out: Path, steps: dict[int, list[dict[str, float]]], given: argparse.N
             f"{row['time/step_s'] / floor:.2f} | **{alone['time/step_s'] / row['time/step_s']:.2f}** |"
         )
     text = "\n".join(lines) + "\n"
-    out.with_suffix(".md").write_text(text, encoding="utf-8")
     record = {
         "date": str(date.today()),
         "machine": platform.processor() or platform.machine(),
@@ -101,7 +101,7 @@ def write(out: Path, steps: dict[int, list[dict[str, float]]], given: argparse.N
         "median": median,
         "steps": steps,
     }
-    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    records.write(out, record, text)
     sys.stdout.write(text)
 
 

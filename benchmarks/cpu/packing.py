@@ -15,18 +15,15 @@ Usage: packing.py [--seeds 3] [--out benchmarks/records/packing]
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import pickle
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from streaming import cpu_name
+import records
 
 from megatron_pz.batch.balance import Cost, balance, least, share_out
 from megatron_pz.batch.hand import Hand
@@ -141,15 +138,12 @@ def main() -> None:
         plans[f"{count} samples, 8192 tokens, {dp_size} ranks"] = [measure(count, 8192, dp_size, 0)]
     whole = {"2304 samples": whole_plan(2304, 16, 16384), "20 000 samples": whole_plan(20_000, 64, 16384)}
     record = {
-        "date": str(date.today()),
-        "cpu": cpu_name(),
-        "load_average": os.getloadavg(),
+        **records.here(),
         "seeds": arguments.seeds,
         "cost": [COST.token, COST.pair],
         "plans": plans,
         "whole": whole,
     }
-    arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     table = (
         "| samples, budget, data-parallel ranks | micro-batches a rank (least) | waste (least) | of the fullest | "
         "imbalance (least) | waiting | worst single micro-batch | CPU-s |\n|---|---|---|---|---|---|---|---|\n"
@@ -170,7 +164,7 @@ def main() -> None:
         "update. Worst: of a single micro-batch; it weighs one in that many.\n\n"
         f"{table}\n## Everything that is done for an update\n\n{told}"
     )
-    arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
+    records.write(arguments.out, record, text)
     print("\n" + text)
 
 

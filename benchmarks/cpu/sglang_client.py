@@ -23,14 +23,13 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Coroutine, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import psutil
+import records
 from real_server import CONTEXT_LENGTH, real_server
-from streaming import cpu_name
 
 from megatron_pz.engine.sglang.client import Client
 from megatron_pz.engine.sglang.control import Control
@@ -145,9 +144,7 @@ def main() -> None:
     table = "\n".join(lines) + "\n"
     settings = {name: value for name, value in vars(arguments).items() if name not in ("out", "server_python")}
     record = {
-        "date": str(date.today()),
-        "cpu": cpu_name(),
-        "load_average": os.getloadavg(),
+        **records.here(),
         "sglang": installed_version(os.path.abspath(arguments.server_python)),
         "aiohttp": aiohttp.__version__,
         "settings": settings,
@@ -155,14 +152,13 @@ def main() -> None:
         "medians": medians,
         "ratios": ratios,
     }
-    arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     told = (
         f"{record['date']}, {record['cpu']}, load average {os.getloadavg()[0]:.0f}; SGLang {record['sglang']} on the CPU, one "
         f"thread, demo policy in float32; {arguments.requests} requests, {arguments.concurrency} at a time, prompts of "
         f"{PROMPT_TOKENS} and responses of {arguments.tokens} tokens with log-probs; {arguments.rounds} rounds, by turns."
     )
     text = f"# The client beside a bare loop\n\n{told}\n\n{table}"
-    arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
+    records.write(arguments.out, record, text)
     print("\n" + table)
 
 

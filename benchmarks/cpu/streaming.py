@@ -27,12 +27,12 @@ import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Literal
 
 import aiohttp
 import psutil
+import records
 from forced_lengths import Barrier, Clock, Law, scripted
 from real_server import real_server
 
@@ -223,15 +223,6 @@ async def measure(
     return results
 
 
-def cpu_name() -> str:
-    """The processor's name as Linux has it."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return "unknown CPU"
-
-
 def tabulated(results: dict[str, dict[str, float]]) -> str:
     """In Markdown."""
     lines = [
@@ -267,15 +258,12 @@ def main() -> None:
     table = tabulated(results)
     settings = {name: value for name, value in vars(arguments).items() if name not in ("out", "server_python")}
     record = {
-        "date": str(date.today()),
-        "cpu": cpu_name(),
-        "load_average": os.getloadavg(),
+        **records.here(),
         "sglang": installed_version(os.path.abspath(arguments.server_python)),
         "settings": settings,
         "rounds": found,
         "summary": results,
     }
-    arguments.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     told = (
         f"{record['date']}, {record['cpu']}, SGLang {record['sglang']} on the CPU, one thread, demo policy in float32. A "
         f"round: "
@@ -286,7 +274,7 @@ def main() -> None:
         "Idle: share of the slots' time without a request, of the three sides."
     )
     text = f"# Streamed levels beside a barrier between them\n\n{told}\n\n{table}"
-    arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
+    records.write(arguments.out, record, text)
     print("\n" + text)
 
 

@@ -20,6 +20,7 @@ import time
 from datetime import date
 from pathlib import Path
 
+import records
 from real_server import KEY, real_server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,9 +125,8 @@ def write(out: Path, found: dict[str, dict[str, object]], given: argparse.Namesp
             f"{row['peak_over_model_bytes'] / 2**20:.0f} MiB | {row['largest_bucket_bytes'] / 2**20:.0f} MiB |"
         )
     text = "\n".join(lines) + "\n"
-    out.with_suffix(".md").write_text(text, encoding="utf-8")
     record = {"date": str(date.today()), "load_average": os.getloadavg(), "bucket_mib": given.bucket_mib, **found}
-    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    records.write(out, record, text)
     sys.stdout.write(text)
 
 
