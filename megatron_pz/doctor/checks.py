@@ -6,6 +6,7 @@ A check yields a sentence for each fault (thing, found, wanted, way out), or rai
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -140,8 +141,6 @@ def servers(patient: Patient) -> Iterator[str]:
     config, sglang = patient.config, patient.config.sglang
     if config.engine.engine != "sglang" or server_urls(config):
         return
-    import sys
-
     python = sglang.server_python or sys.executable
     try:
         check_version(installed_version(python), python)
