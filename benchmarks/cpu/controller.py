@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,7 +58,7 @@ from megatron_pz.tasks import ask, grouping, pretrain_zero  # noqa: E402
 from megatron_pz.tasks.journal_rows import journal_rows  # noqa: E402
 from megatron_pz.tasks.pretrain_zero import PretrainZero  # noqa: E402
 from megatron_pz.tasks.stragglers import Stragglers  # noqa: E402
-from megatron_pz.train.collector import collect, spare_collector  # noqa: E402
+from megatron_pz.train.collector import collect, spared_collector  # noqa: E402
 from megatron_pz.train.play import GamePlayer  # noqa: E402
 from megatron_pz.types import Paragraph  # noqa: E402
 
@@ -181,9 +181,10 @@ def play(
     templates = Templates.load(config.task.template_dir, config.task.prompt_style)
     game = PretrainZero(config.task, config.engine, tokenizer, templates)
     meter = Meter()
-    if spared:
-        spare_collector()
-    with fakes(corpus, num_servers, mean_tokens, latency_s) as urls:
+    with (
+        spared_collector() if spared else nullcontext(),
+        fakes(corpus, num_servers, mean_tokens, latency_s) as urls,
+    ):
         io = IoThread()
         clients = [Client(url, "", vocab_size=tokenizer.vocab_size, context_length=8192) for url in urls]
         pool = Pool(clients, at_once, 600.0)

@@ -7,6 +7,8 @@ import asyncio
 import base64
 import math
 import re
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -268,6 +270,33 @@ async def test_health_tells_a_server_that_hangs_from_one_that_is_gone(fake, clie
     assert not await client.can_generate()
     await fake.kill()
     assert not await client.is_up() and not await client.can_generate()
+
+
+async def test_a_server_that_answers_in_time_is_up_however_late_the_loop_is():
+    """A process of its own: the fake would be as late as its client."""
+    code = (
+        "import http.server as h\n"
+        "class Well(h.BaseHTTPRequestHandler):\n"
+        "    def do_GET(self):\n"
+        "        self.send_response(200); self.end_headers()\n"
+        "server = h.HTTPServer(('127.0.0.1', 0), Well)\n"
+        "print(server.server_port, flush=True); server.serve_forever()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as server:
+        url = f"http://127.0.0.1:{int(server.stdout.readline())}"
+        client = Client(url, "", vocab_size=VOCAB_SIZE, context_length=CONTEXT_LENGTH, health_timeout_s=1.0)
+
+        async def late():
+            while True:
+                time.sleep(1.5)  # longer than the server may take
+                await asyncio.sleep(0)
+
+        task = asyncio.create_task(late())
+        try:
+            assert await client.is_up() and await client.can_generate()
+        finally:
+            task.cancel()
+            server.kill()
 
 
 async def test_an_abort_ends_the_request_at_the_server(fake, client):

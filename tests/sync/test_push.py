@@ -158,7 +158,7 @@ def test_a_pause_in_place_ends_when_the_old_prefixes_are_forgotten(io, monkeypat
     ("path", "fault"),
     [
         ("/pause_generation", ServerLost("gone")),
-        ("/begin_weight_update", ServerRefused("u", "/begin", 400, "begun twice")),
+        ("/begin_weight_update", ServerLost("gone")),
         ("/update_weights_from_tensor", ServerLost("gone")),
         ("/end_weight_update", ServerLost("gone")),
         ("/flush_cache", ServerRefused("u", "/flush_cache", 400, "requests run")),
@@ -172,6 +172,36 @@ def test_a_server_that_fails_anywhere_is_reported_and_told_nothing_more(io, path
     assert broken == [0] and report.faults == {0: fault}
     assert bad.paths[-1] == path and bad.paths.count(path) == 1
     assert good.version == "3" and len(good.tensors) == 5
+
+
+class Left(ScriptedClient):
+    """A server that outlived a trainer, which was killed while it handed weights over."""
+
+    is_open = True
+
+    async def post(self, path, body, timeout_s=None):
+        found = await super().post(path, body, timeout_s)
+        if path in ("/begin_weight_update", "/end_weight_update"):
+            if self.is_open == (path == "/begin_weight_update"):
+                raise ServerRefused("u", path, 400, "a session is open" if self.is_open else "no session is open")
+            self.is_open = not self.is_open
+        return found
+
+
+def test_an_update_that_a_killed_trainer_left_open_is_ended_first(io):
+    client = Left()
+    broken, _ = pushed(io, [client], weights([100] * 5), 5600)
+    assert broken == [] and not client.is_open
+    assert client.tensors == {f"w{index}": 100.0 * index for index in range(5)}
+    assert client.paths[1:4] == ["/begin_weight_update", "/end_weight_update", "/begin_weight_update"]
+
+
+def test_a_server_that_refuses_an_update_with_none_open_is_reported_with_its_first_words(io):
+    refused = {path: ServerRefused("u", path, 400, "no") for path in ("/begin_weight_update", "/end_weight_update")}
+    client = ScriptedClient(refused)
+    broken, report = pushed(io, [client], weights([10]))
+    assert broken == [0] and report.faults == {0: refused["/begin_weight_update"]}
+    assert client.paths[-1] == "/end_weight_update"
 
 
 def test_a_server_that_stays_at_its_version_is_reported(io):

@@ -17,6 +17,7 @@ import aiohttp
 import numpy as np
 
 from megatron_pz.engine.sglang.faults import ServerBusy, ServerLost, ServerRefused
+from megatron_pz.engine.sglang.probe import answers
 from megatron_pz.errors import EngineError
 from megatron_pz.types import Completion, FinishReason, SamplingParams
 
@@ -119,19 +120,13 @@ class Client:
 
     async def is_up(self) -> bool:
         """Whether the server's front answers; so does a paused one, and one whose scheduler hangs."""
-        try:
-            await self.get("/model_info", timeout_s=min(CONNECT_TIMEOUT_S, self.health_timeout_s))
-        except EngineError:
-            return False
-        return True
+        return await answers(
+            f"{self.url}/model_info", self._headers, timeout_s=min(CONNECT_TIMEOUT_S, self.health_timeout_s)
+        )
 
     async def can_generate(self) -> bool:
         """Whether it generates a token in time. A paused server does not."""
-        try:
-            await self.get("/health_generate", timeout_s=self.health_timeout_s)
-        except EngineError:
-            return False
-        return True
+        return await answers(f"{self.url}/health_generate", self._headers, self.health_timeout_s)
 
     async def post(self, path: str, body: Mapping[str, Any], timeout_s: float | None = CONTROL_TIMEOUT_S) -> Any:
         """Reply to a POST, as JSON or as text.

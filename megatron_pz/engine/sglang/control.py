@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from megatron_pz.engine.sglang.client import Client
+from megatron_pz.engine.sglang.faults import ServerRefused
 from megatron_pz.errors import EngineError
 
 PauseMode = Literal["retract", "in_place", "abort"]
@@ -48,8 +49,19 @@ class Control:
         await self._post("/flush_cache", {})
 
     async def begin_weight_update(self) -> None:
-        """From now on tensors are taken."""
-        await self._post("/begin_weight_update", {})
+        """From now on tensors are taken.
+
+        A trainer that was killed while it handed weights over has left its update open, in a server that outlived it: that is
+        ended first. What it had sent is overwritten, and nothing was generated in between: the server is paused.
+        """
+        try:
+            await self._post("/begin_weight_update", {})
+        except ServerRefused as refused:
+            try:
+                await self.end_weight_update()
+            except ServerRefused:  # none was open
+                raise refused from None
+            await self._post("/begin_weight_update", {})
 
     async def end_weight_update(self) -> None:
         """All tensors have come."""
