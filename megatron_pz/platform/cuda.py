@@ -66,6 +66,7 @@ class CudaPlatform(Platform):
     def release_unused(self) -> None:
         """Give back the blocks that torch's allocator keeps: a server on the same GPU cannot have them otherwise."""
         gc.collect()
+        torch.cuda.ipc_collect()  # what another process has read by its handle, and torch keeps until it is asked
         torch.cuda.empty_cache()
 
     def begin_phase(self) -> None:

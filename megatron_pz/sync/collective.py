@@ -41,7 +41,7 @@ class Stage:
 
     index: int
     ranks: tuple[int, ...]
-    group: Any  # gloo, of `ranks`
+    group: Any  # of `ranks`; its backend is the world's
 
     @property
     def speaker(self) -> int:
@@ -56,7 +56,7 @@ def make_stages(pp_rank: int, control_group: Any) -> list[Stage]:
     stages = []
     for index in sorted(set(stage_of)):
         ranks = tuple(rank for rank, stage in enumerate(stage_of) if stage == index)
-        stages.append(Stage(index, ranks, dist.new_group(list(ranks), backend="gloo")))
+        stages.append(Stage(index, ranks, dist.new_group(list(ranks))))
     return stages
 
 

@@ -1,7 +1,11 @@
 """Weights for servers on the trainer's own devices: a request says where a bucket lies, its bytes stay where they are.
 
+    trainer's rank 0 ─┐ pieces of a     ┌ whole bucket in rank 0's memory ─ handle ─▶ the server's rank 0
+    trainer's rank 1 ─┴ parameter, NCCL ┴ whole bucket in rank 1's memory ─ handle ─▶ the server's rank 1
+
 On GPUs each tensor-parallel rank of a server opens memory of the trainer's rank on the same GPU (CUDA IPC), so every rank puts
-the bucket together; on a CPU it opens shared memory of rank 0. Works on one machine only, as colocation does.
+the bucket together, from pieces that go from device to device; on a CPU (gloo) a server opens shared memory of rank 0. A rank of
+a server takes its own part of the whole tensors. Works on one machine only, as colocation does.
 """
 
 from __future__ import annotations

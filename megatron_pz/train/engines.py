@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_pz.checkpoint.fp8 import all_encoded
 from megatron_pz.checkpoint.hf_export import export_hf
@@ -162,7 +163,7 @@ def make_transport(config: Config, parallel: Parallel, folder: Path, io: IoThrea
         num_servers = len(server_urls(config)) or sglang.num_servers
         on_devices = [range(index * server_ranks, (index + 1) * server_ranks) for index in range(num_servers)]
         return HandleTransport(
-            lambda weights: encode(iterate_hf_tensors(weights, parallel.control_group, None)),
+            lambda weights: encode(iterate_hf_tensors(weights, dist.group.WORLD, None)),  # by the device's own backend
             bucket_bytes,
             on_devices if sglang.gpus_per_server else [(0,)] * num_servers,
             parallel.device,

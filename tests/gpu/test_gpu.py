@@ -22,7 +22,6 @@ from megatron_pz.platform.select import select_platform
 pytestmark = pytest.mark.gpu
 BF16_LOGITS = 3e-2  # relative in norm
 FLOAT32 = 1e-4  # other kernels, other orders of sums
-RECIPES = ("blockwise", "tensorwise", "delayed")
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +54,29 @@ def test_gradients_are_those_of_the_cpu_in_float32(platform, impl, name, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["blockwise", "tensorwise", "delayed", "mxfp8"])
 def test_losses_in_fp8_are_close_to_bfloat16(platform, kind, recipe):
-    if fault := transformer_engine.fault() or platform.fp8_fault(recipe, (9, 0) if recipe == "blockwise" else (8, 9)):
+    from megatron_pz.models.transformer import RECIPES
+
+    if fault := transformer_engine.fault() or platform.fp8_fault(recipe, RECIPES[recipe][3]):
         pytest.skip(fault)
     plain = cases.settings("transformer_engine", "bfloat16")
     losses, _ = cases.updates(platform, cases.tiny(kind), plain)
     quantized = cases.replace(plain, model=cases.replace(plain.model, fp8=recipe))
     found, _ = cases.updates(platform, cases.tiny(kind), quantized)
+    assert found == pytest.approx(losses, rel=0.1, abs=0.02)
+
+
+@pytest.mark.parametrize("setting", ["weights kept in FP8", "ends in bfloat16"])
+def test_losses_in_fp8_are_close_to_bfloat16_by_each_setting(platform, setting):
+    if fault := transformer_engine.fault() or platform.fp8_fault("blockwise", (9, 0)):
+        pytest.skip(fault)
+    hf = cases.tiny("qwen3") | {"num_hidden_layers": 3}  # so that one is between the ends
+    plain = cases.settings("transformer_engine", "bfloat16")
+    losses, _ = cases.updates(platform, hf, plain)
+    model = cases.replace(plain.model, fp8="blockwise", fp8_param_gather=setting == "weights kept in FP8")
+    ends = {"first_last_layers_bf16": True} if setting == "ends in bfloat16" else {}
+    found, _ = cases.updates(platform, hf, cases.replace(plain, model=model, transformer=plain.transformer | ends))
     assert found == pytest.approx(losses, rel=0.1, abs=0.02)
 
 

@@ -97,7 +97,7 @@ def launch(server_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """launch(model_path, **flags) -> Served, ready. Stop it by `.process.stop()`, or it is stopped at the end of all tests."""
     started: list[ServerProcess] = []
 
-    def start(model_path: Path, **flags: Any) -> Served:
+    def start(model_path: Path, *, start_timeout_s: float = START_TIMEOUT_S, **flags: Any) -> Served:
         spec = ServerSpec(
             model_path=str(model_path),
             python=str(server_python),
@@ -111,7 +111,7 @@ def launch(server_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         process = ServerProcess(spec)
         process.start()
         started.append(process)
-        asyncio.run(process.wait_ready(START_TIMEOUT_S))
+        asyncio.run(process.wait_ready(start_timeout_s))
         return Served(process, model_path)
 
     yield start
