@@ -19,7 +19,7 @@ from megatron_pz.models.registry import family as family_of
 from megatron_pz.models.transformer import padded_vocab_size, transformer_config
 from megatron_pz.plan.activations import layer_bytes
 from megatron_pz.plan.assumptions import GIB, Assumptions
-from megatron_pz.plan.memory import Memory, Server, server_memory, stage_memory
+from megatron_pz.plan.memory import Memory, Server, longest_sample, server_memory, stage_memory
 from megatron_pz.plan.parts import Parts, model_parts, stages_of
 from megatron_pz.plan.saves import Saves, saves
 from megatron_pz.plan.stages import Stage, shapes_only
@@ -136,6 +136,7 @@ class Planner:
                 layer,
                 is_moe=is_moe,
                 is_engine=self.machines.is_engine,
+                mean_length=float(longest_sample(config)),
                 expert_imbalance=assumed.expert_imbalance,
             )
             for layer, is_moe in enumerate(self.family.is_moe_layer(self.hf_config))

@@ -13,7 +13,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_pz.config.rules import GAMES
 from megatron_pz.config.schema import Config
-from megatron_pz.plan.activations import Layer, in_flight, kept
+from megatron_pz.plan.activations import (
+    Layer,
+    Row,
+    Unit,
+    embedding_bytes,
+    fullest,
+    head_input_bytes,
+    in_flight,
+    sent_bytes,
+    units,
+)
 from megatron_pz.plan.assumptions import GIB, Assumptions
 from megatron_pz.plan.stages import Buffer, Stage
 from megatron_pz.platform.base import DTYPES
@@ -84,12 +94,23 @@ def _default(name: str) -> Any:
     return next((field.default for field in dataclasses.fields(OptimizerConfig) if field.name == name), None)
 
 
+def longest_sample(config: Config) -> int:
+    """Tokens of the longest sample that there can be."""
+    if config.task.task in GAMES:
+        return config.task.max_prompt_tokens + config.engine.max_response_tokens
+    return config.corpus.max_paragraph_tokens
+
+
 def longest_row(config: Config) -> int:
     """Tokens of the fullest micro-batch: the budget, or one sample that is longer."""
-    longest = config.corpus.max_paragraph_tokens
-    if config.task.task in GAMES:
-        longest = config.task.max_prompt_tokens + config.engine.max_response_tokens
-    return max(config.train.max_tokens_per_micro_batch, longest)
+    return max(config.train.max_tokens_per_micro_batch, longest_sample(config))
+
+
+def fullest_row(config: Config) -> Row:
+    """The fullest micro-batch, as if all its samples were of the greatest length."""
+    longest = longest_sample(config)
+    tokens = math.ceil(longest_row(config) / config.parallel.context_parallel_size)
+    return Row(tokens, longest, float(longest))
 
 
 def stage_memory(
@@ -110,28 +131,39 @@ def stage_memory(
     parameters, gradients, optimizer = state(stage, config)
     share = config.optimizer.get("optimizer_offload_fraction", 0.0)
     host = int(optimizer * share) if config.optimizer.get("optimizer_cpu_offload") else 0
-    sizes, pieces = config.parallel, config.parallel.virtual_pipeline_model_parallel_size
-    tokens = math.ceil(longest_row(config) / sizes.context_parallel_size)
-    retained, again = kept(transformer, list(layers), stage.layers, pieces)
-    held = in_flight(sizes.pipeline_model_parallel_size, stage.index, pieces, num_micro_batches)
-    activations = tokens * (retained * held + again)
-    head = 0.0
-    if stage.has_head:
-        activations += tokens * head_input_bytes(transformer)
-        head = head_bytes(config, transformer, vocab_size)
+    activations = stage_activations(stage, config, transformer, layers, fullest_row(config), num_micro_batches)
+    head = head_bytes(config, transformer, vocab_size) if stage.has_head else 0.0
     reference = 0
     if config.train.kl_coef > 0:
         reference = sum(buffer.num_parameters * buffer.parameter_bytes for buffer in stage.buffers)
-    return Memory(parameters, gradients, optimizer - host, int(activations), int(head), reference, host)
+    return Memory(parameters, gradients, optimizer - host, activations, int(head), reference, host)
 
 
-def head_input_bytes(transformer: TransformerConfig) -> float:
-    """Bytes a token that the final norm and the head keep, where every token is trained."""
-    hidden, shards = transformer.hidden_size * transformer.params_dtype.itemsize, 1
-    if transformer.sequence_parallel:
-        shards = transformer.tensor_model_parallel_size
-    gathered = hidden if shards > 1 else 0
-    return (hidden + FLOAT32) / shards + hidden + gathered + 2 * 8 + 3 * FLOAT32
+def stage_activations(
+    stage: Stage,
+    config: Config,
+    transformer: TransformerConfig,
+    layers: Sequence[Layer],
+    row: Row,
+    num_micro_batches: int,
+) -> int:
+    """Bytes that a rank of `stage` keeps for its backward at the fullest moment of an update.
+
+    Args:
+        row: the fullest micro-batch. The rest as of `stage_memory`.
+    """
+    stages, pieces = config.parallel.pipeline_model_parallel_size, config.parallel.virtual_pipeline_model_parallel_size
+    size = len(stage.layers) // pieces
+    chunks = [
+        units(transformer, [layers[layer] for layer in stage.layers[at : at + size]], row)
+        for at in range(0, len(stage.layers), size)
+    ]
+    if stage.index == 0:
+        chunks[0].insert(0, Unit(embedding_bytes(transformer)))
+    for chunk in chunks[: -1 if stage.has_head else None]:
+        chunk.append(Unit(sent_bytes(transformer)))
+    head = head_input_bytes(transformer) if stage.has_head else 0.0
+    return int(row.tokens * fullest(chunks, in_flight(stages, stage.index, pieces, num_micro_batches), head))
 
 
 FUSED_GRADIENT_BYTES = 256 * 2**20

@@ -6,7 +6,9 @@ Imported by workers; importing it chooses the CPU.
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -23,13 +25,12 @@ from megatron_pz.batch.schedule import plan_update  # noqa: E402
 from megatron_pz.config.schema import Config  # noqa: E402
 from megatron_pz.models.family import HfConfig  # noqa: E402
 from megatron_pz.train.deal import divisors  # noqa: E402
-from megatron_pz.train.forward import on_device  # noqa: E402
 from megatron_pz.train.model import build_model  # noqa: E402
 from megatron_pz.train.parallel import init_parallel  # noqa: E402
 from megatron_pz.train.step import Trainer  # noqa: E402
-from megatron_pz.types import MicroBatch, Role, Sample  # noqa: E402
+from megatron_pz.types import Role, Sample  # noqa: E402
 
-LENGTHS = (100, 60, 96)
+LENGTHS = (104, 56, 96)  # multiples of what four context-parallel ranks share out
 BUDGET = sum(LENGTHS)  # tokens of a micro-batch
 
 
@@ -51,11 +52,54 @@ def everything() -> Iterator[torch.Tensor]:
             yield thing
 
 
+class Saved:
+    """A tensor that autograd keeps, counted as long as it does."""
+
+    def __init__(self, tensor: torch.Tensor, counter: SavedBytes) -> None:
+        storage = tensor.untyped_storage()
+        self.tensor, self._counter, self._at = tensor, counter, storage.data_ptr()
+        counter.change(self._at, storage.nbytes(), 1)
+
+    def __del__(self) -> None:
+        self._counter.change(self._at, self.tensor.untyped_storage().nbytes(), -1)
+
+
+class SavedBytes:
+    """Bytes that autograd keeps within a `with`, and the schedule for it, each storage once: now, and at most."""
+
+    def __init__(self, without: set[int]) -> None:
+        self._without, self._times = without, dict[int, int]()
+        self.now = self.most = 0
+
+    def change(self, at: int, size: int, by: int) -> None:
+        was = self._times.get(at, 0)
+        self._times[at] = was + by
+        if was == 0 or was + by == 0:
+            self.now += by * size
+            self.most = max(self.most, self.now)
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        """Count `tensor` as long as anybody has it."""
+        storage = tensor.untyped_storage()
+        place = storage.data_ptr(), storage.nbytes()
+        self.change(*place, 1)
+        weakref.finalize(tensor, self.change, *place, -1)
+
+    def counted(self) -> AbstractContextManager[Any]:
+        def keep(tensor: torch.Tensor) -> torch.Tensor | Saved:
+            return tensor if tensor.untyped_storage().data_ptr() in self._without else Saved(tensor, self)
+
+        return torch.autograd.graph.saved_tensors_hooks(
+            keep, lambda kept: kept.tensor if isinstance(kept, Saved) else kept
+        )
+
+
 def samples(vocab_size: int) -> list[Sample]:
-    """Two micro-batches for each of two ranks; every token but the first is trained."""
-    rng = np.random.default_rng(1)
+    """Two micro-batches for each of two ranks, all alike: experts get as much of one as of another. Every token but the
+    first of a sample is trained."""
     made = []
     for index, length in enumerate(LENGTHS * 4):
+        rng = np.random.default_rng(length)
         made.append(
             Sample(
                 tuple(int(token) for token in rng.integers(0, vocab_size, length)),
@@ -70,7 +114,8 @@ def samples(vocab_size: int) -> list[Sample]:
 
 
 def held(hf_config: HfConfig, config: Config) -> dict[str, Any]:
-    """Bytes of parameters, gradients and optimizer state after an update, of all tensors, and of what a forward keeps."""
+    """Bytes of parameters, gradients and optimizer state after an update, of all tensors, and of what autograd keeps at the
+    fullest moment of the next; and the row that it is kept of."""
     before = storages(everything())
     parallel = init_parallel(config.parallel, PLATFORM, seed=1)
     trainer = Trainer(build_model(hf_config, config, PLATFORM, parallel), config, PLATFORM, parallel)
@@ -90,39 +135,18 @@ def held(hf_config: HfConfig, config: Config) -> dict[str, Any]:
         "optimizer": sum(optimizer.values()),
         "all": sum(size for at, size in storages(everything()).items() if at not in before),
     }
-    if parallel.pp_size == 1:
-        batch = plan.micro_batches[parallel.dp_rank][0]
-        found |= {
-            "tokens": batch.num_tokens / parallel_state.get_context_parallel_world_size(),
-            **kept_by_forward(trainer, batch, set(parameters)),
-        }
+    saved = SavedBytes(set(parameters))
+    for chunk in trainer.chunks:  # a pipeline keeps what its stages sent
+        chunk.register_forward_hook(lambda module, args, output: saved.hold(output))
+    with saved.counted():
+        trainer.step(plan, lr_step=2)
+    gc.collect()
+    assert saved.now == 0, "a graph is still there"
+    rows = plan.micro_batches[parallel.dp_rank]
+    (lengths,) = {tuple(sorted(np.diff(row.cu_seqlens).tolist())) for row in rows}
+    found |= {"kept": saved.most, "lengths": lengths, "micro_batches": len(rows)}
     parallel_state.destroy_model_parallel()
     return found
-
-
-def kept_by_forward(trainer: Trainer, batch: MicroBatch, parameters: set[int]) -> dict[str, int]:
-    """Bytes that autograd keeps of one micro-batch, without the weights: in the forward, and in what the backward runs again."""
-    context = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
-    on = on_device(batch, trainer.platform, context=context)
-    first: list[torch.Tensor] = []
-    again: list[torch.Tensor] = []
-    kept = first
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = trainer.chunks[0](
-            on.input_ids, on.position_ids, packed_seq_params=on.packed_seq_params, labels=on.labels, temperature=1.0
-        )
-        kept = again
-        output[0].sum().backward()
-    in_forward = storages(first)
-    return {
-        "kept": sum(size for at, size in in_forward.items() if at not in parameters),
-        "again": sum(size for at, size in storages(again).items() if at not in parameters and at not in in_forward),
-    }
 
 
 def _optimizer_tensors(optimizer: Any) -> Iterator[torch.Tensor]:

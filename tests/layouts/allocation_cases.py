@@ -66,8 +66,15 @@ OF_TWO = {
     "dp2, whole optimizer": case(DENSE, use_distributed_optimizer=False),
     "tp2": case(DENSE, tensor_model_parallel_size=2),
     "tp2 sp": case(LLAMA, tensor_model_parallel_size=2, sequence_parallel=True),
+    "smollm3 tp2": case(NOPE, tensor_model_parallel_size=2),
     "cp2": case(LLAMA, context_parallel_size=2),
+    "smollm3 cp2": case(NOPE, context_parallel_size=2),
+    "cp2, all recomputed": case(DENSE, transformer=FULL, context_parallel_size=2),
+    "cp2, some recomputed": case(LLAMA, transformer=SELECTIVE, context_parallel_size=2),
+    "moe cp2 ep2": case(MOE, context_parallel_size=2, expert_model_parallel_size=2),
+    "tp2 sp, all recomputed": case(DENSE, transformer=FULL, tensor_model_parallel_size=2, sequence_parallel=True),
     "pp2, tied": case(DENSE, pipeline_model_parallel_size=2),
+    "pp2, one recomputed": case(LLAMA, transformer=BLOCK | {"recompute_num_layers": 1}, pipeline_model_parallel_size=2),
     "pp2, two pieces": case(LLAMA, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
     "moe ep2": case(MOE, expert_model_parallel_size=2),
     "moe ep2, whole optimizer": case(MOE, "float32", expert_model_parallel_size=2, use_distributed_optimizer=False),
@@ -76,6 +83,10 @@ OF_TWO = {
 OF_FOUR = {
     "moe dp4 ep2": case(MOE | LARGE, expert_model_parallel_size=2),
     "tp2 pp2": case(DENSE | LARGE, tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+    "cp4": case(DENSE, context_parallel_size=4),
+    "moe cp2 tp2 sp": case(
+        MOE, context_parallel_size=2, tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2
+    ),
     "cp2 dp2": case(LLAMA | LARGE, context_parallel_size=2),
     "moe tp2 sp pp2 ep2": case(
         MOE | LARGE,

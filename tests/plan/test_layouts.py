@@ -83,7 +83,8 @@ def test_more_tokens_and_less_recomputation_take_more_memory():
     own, config = planner("pretrain_zero_qwen3_8b", 8)
     plan = own.plan(config)
     more = dataclasses.replace(config, train=dataclasses.replace(config.train, max_tokens_per_micro_batch=32768))
-    assert own.plan(more).memories[0].activations == 2 * plan.memories[0].activations
+    # The table of rotary angles does not grow.
+    assert own.plan(more).memories[0].activations == pytest.approx(2 * plan.memories[0].activations, rel=0.01)
     nothing_again = dataclasses.replace(config, transformer={})
     assert own.plan(nothing_again).memories[0].activations > 5 * plan.memories[0].activations
     # A layer's input, 4096 numbers of 2 bytes, for each of 36 layers and 16384 tokens.
