@@ -11,9 +11,10 @@
     task = "random_span"
     [variants.format_only]             # paid for any answer: what the others gain over it is told as "beyond format"
     task = "format_only"
-    [variants.control]
+    [variants.control]                 # learns nothing: a few steps show it, and the budget of the others stays
     lr = 0.0
     min_lr = 0.0
+    train_iters = 2
 
 Runs lie in DIR/VARIANT/seed_N and go on where they stopped if the command is given again; DIR/comparison.md, comparison.json and one
 figure a set of questions are written after each. --no-run writes them from what is there.
@@ -28,7 +29,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,9 @@ def main(argv: Sequence[str]) -> int:
         ]
         commands = {folder: _command(base, plan, variant, seed, folder, flags) for variant, seed, folder in runs}
         # A slip in the last variant is told before the first one has run.
-        tasks = {variant: load_config(commands[folder]).task.task for variant, _, folder in runs}
-        format_control = next((variant for variant, task in tasks.items() if task == "format_only"), None)
+        configs = {variant: load_config(commands[folder]) for variant, _, folder in runs}
+        format_control = next((name for name, config in configs.items() if config.task.task == "format_only"), None)
+        idle = {name for name, config in configs.items() if config.train.lr == 0}
         for place, (variant, seed, folder) in enumerate(runs, 1):
             if not own.no_run:
                 sys.stdout.write(f"run {place} of {len(runs)}: {variant}, seed {seed}, in {folder}\n")
@@ -69,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
                     sys.stderr.write(f"{variant}, seed {seed}, failed: {shlex.join(launch)}\n")
                     return 1
             done = runs if own.no_run else runs[:place]
-            table = report(done, plan["reference"], own.out, format_control)
+            table = report(done, plan["reference"], own.out, format_control, idle)
             if own.no_run:
                 break
         sys.stdout.write(table)
@@ -102,12 +104,16 @@ def read_plan(path: Path) -> dict[str, Any]:
     return plan
 
 
-def report(runs: Sequence[tuple[str, int, Path]], reference: str, out: Path, format_control: str | None) -> str:
+def report(
+    runs: Sequence[tuple[str, int, Path]], reference: str, out: Path, format_control: str | None, idle: Collection[str]
+) -> str:
     """Write `comparison.md`, `comparison.json` and the figures into `out`; the text of the first.
 
     Args:
         format_control: the variant that is paid for format alone, if any.
+        idle: variants that learn nothing. As that one they do not lower the budget.
     """
+    unbudgeted = {*idle, *([format_control] if format_control else [])}
     parts, record = [], {}
     for questions in SETS:
         try:
@@ -118,9 +124,10 @@ def report(runs: Sequence[tuple[str, int, Path]], reference: str, out: Path, for
             continue
         there = {run.variant for run in found}
         form = format_control if format_control in there else None
-        spent = budget(found, form)
-        rows = compare(found, reference if reference in there else found[0].variant, questions, form)
-        parts.append(markdown(rows, spent, questions))
+        spent = budget(found, unbudgeted)
+        against = reference if reference in there else found[0].variant
+        rows = compare(found, against, questions, form, unbudgeted)
+        parts.append(markdown(rows, spent, questions, unbudgeted))
         record[questions] = {
             "budget_tokens": spent,
             "rows": [dataclasses.asdict(row) for row in rows],

@@ -3,6 +3,9 @@ r"""The two prompts, from text files that anyone can edit.
 A folder holds `mask.txt` with the placeholder `{paragraph}` and `prediction.txt` with `{masked_paragraph}`. All else in
 them is literal, braces included; one newline at the end of the file is the editor's and left out.
 
+`prediction.txt` may also say `{text_before_mask}`: the text up to the first `[mask]`, without the spaces at its end. Put last,
+it lets a small language model answer by doing what it was trained for, going on with a text, after it has read the rest.
+
 A plain template may end inside an opened `\mask{` or `\boxed{`, so that the policy only has to go on. The response is
 then read as if the opening stood before it (`Template.answer_prefix`), and ends where the brace is closed
 (`Templates.stop_token_ids`).
@@ -17,11 +20,13 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_pz.errors import TemplateError
+from megatron_pz.game.masking import MASK_TOKEN
 from megatron_pz.types import Role, Tokenizer
 
 PromptStyle = Literal["plain", "chat"]
 OWN_TEMPLATES = Path(__file__).parent / "templates"
 PLACEHOLDERS = {Role.GENERATOR: "{paragraph}", Role.PREDICTOR: "{masked_paragraph}"}
+TEXT_BEFORE_MASK = "{text_before_mask}"
 COMMANDS = {Role.GENERATOR: "mask", Role.PREDICTOR: "boxed"}
 
 
@@ -45,7 +50,11 @@ class Template:
 
     def fill(self, text: str) -> str:
         """The prompt about `text`."""
-        return self.text.replace(PLACEHOLDERS[self.role], text)
+        parts = self.text.split(PLACEHOLDERS[self.role])
+        if self.role is Role.PREDICTOR:
+            before = text.partition(MASK_TOKEN)[0].rstrip()
+            parts = [part.replace(TEXT_BEFORE_MASK, before) for part in parts]  # not in `text`, which is literal
+        return text.join(parts)
 
     @cached_property
     def answer_prefix(self) -> str:
@@ -53,7 +62,8 @@ class Template:
         opening = f"\\{COMMANDS[self.role]}{{"
         start = self.text.rfind(opening)
         tail = self.text[start:] if start >= 0 else ""
-        is_open = PLACEHOLDERS[self.role] not in tail and tail.count("{") > tail.count("}")
+        asks = any(place in tail for place in (PLACEHOLDERS[self.role], TEXT_BEFORE_MASK))
+        is_open = not asks and tail.count("{") > tail.count("}")
         return tail if is_open else ""
 
 

@@ -5,13 +5,14 @@
 3. Intervals are over questions (each question's score is the mean over its samples and seeds), so that answers to one question
    do not count as independent; the spread over seeds is told beside them.
 4. Where one variant is paid for format alone, what the others gain over it, question by question, is their gain beyond format.
-   It sets no budget: when all its answers can be read its groups are dropped, and it costs little; its last evaluation counts.
+5. Variants can be left out of the budget: that one (when all its answers can be read its groups are dropped, and it costs little)
+   and one that learns nothing, whose accuracy no step changes. Their last evaluation within the budget counts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -100,19 +101,24 @@ def read_run(variant: str, seed: int, folder: Path, questions: str = "fixed_mask
     return Run(variant, seed, folder, tuple(points))
 
 
-def budget(runs: Sequence[Run], format_control: str | None = None) -> float:
-    """Tokens that every run but those of `format_control` had spent by its last evaluation."""
-    return min(run.points[-1].cost for run in [run for run in runs if run.variant != format_control] or runs)
+def budget(runs: Sequence[Run], unbudgeted: Collection[str] = ()) -> float:
+    """Tokens that every run but those of the variants in `unbudgeted` had spent by its last evaluation."""
+    return min(run.points[-1].cost for run in [run for run in runs if run.variant not in unbudgeted] or runs)
 
 
 def compare(
-    runs: Sequence[Run], reference: str, questions: str = "fixed_masks", format_control: str | None = None
+    runs: Sequence[Run],
+    reference: str,
+    questions: str = "fixed_masks",
+    format_control: str | None = None,
+    unbudgeted: Collection[str] = (),
 ) -> list[Row]:
     """A row for each variant, in the order of `runs`.
 
     Args:
         reference: the variant that gains are measured against, question by question.
         format_control: the variant that is paid for format alone; None: there is none.
+        unbudgeted: variants that do not lower the budget.
 
     Raises:
         ReportError: there is no such variant.
@@ -120,7 +126,7 @@ def compare(
     variants = list(dict.fromkeys(run.variant for run in runs))
     if unknown := [name for name in (reference, format_control) if name is not None and name not in variants]:
         raise ReportError(f"the reference is {unknown[0]!r}; it must be one of the variants: {', '.join(variants)}.")
-    spent = budget(runs, format_control)
+    spent = budget(runs, unbudgeted)
     scores = {
         name: _question_scores([run for run in runs if run.variant == name], spent, questions) for name in variants
     }
@@ -130,12 +136,13 @@ def compare(
     ]
 
 
-def markdown(rows: Sequence[Row], spent: float, questions: str) -> str:
+def markdown(rows: Sequence[Row], spent: float, questions: str, unbudgeted: Collection[str] = ()) -> str:
     """The table that `compare` made, in the words of a paper's; the last column stands where a variant is paid for format alone."""
     has_format = any(row.beyond_format is not None for row in rows)
+    fewer = [row.variant for row in rows if row.variant in unbudgeted]
     lines = [
         f"Accuracy on `{questions}` at {_count(spent)} tokens sampled and trained on, by every run"
-        + (" but that which is paid for format alone: at most so many." if has_format else "."),
+        + (f" but those of {' and '.join(fewer)}: at most so many." if fewer else "."),
         "",
         "| variant | seeds | steps | tokens sampled | tokens trained on | minutes | before | after (95%) | seeds, lowest to highest |"
         " over the reference (95%) |" + " beyond format (95%) |" * has_format,

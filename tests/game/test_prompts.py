@@ -72,6 +72,15 @@ def test_text_is_put_in_as_it_is(text):
     assert PLAIN.prediction_prompt(text) == "<pred>" + text
 
 
+def test_a_prediction_prompt_can_end_with_the_text_before_the_mask():
+    template = Template(Role.PREDICTOR, "{masked_paragraph}\n{text_before_mask} \\boxed{", "f")
+    assert template.fill("A b [mask] c [mask].") == "A b [mask] c [mask].\nA b \\boxed{"
+    assert template.fill("[mask] b") == "[mask] b\n \\boxed{"
+    assert template.fill("{text_before_mask} [mask]") == "{text_before_mask} [mask]\n{text_before_mask} \\boxed{"
+    assert template.answer_prefix == "\\boxed{"
+    assert Template(Role.PREDICTOR, "{masked_paragraph} \\boxed{ {text_before_mask}", "f").answer_prefix == ""
+
+
 def test_only_the_editors_newline_is_left_out(tmp_path):
     folder = _folder(tmp_path, mask="a\n\n{paragraph}\n\n")
     assert Templates.load(folder, "plain").mask_prompt("T") == "a\n\nT\n"

@@ -73,7 +73,7 @@ def test_the_table_names_what_was_matched_and_the_reference(runs):
 
 def test_what_is_gained_beyond_format_is_told_where_one_is_paid_for_format_alone(runs, tmp_path):
     form = write_run(tmp_path / "form" / "0", tokens=5.0, scores=[(0, 0), (0.25, 0.75), (0.25, 0.75)])
-    rows = compare([*runs, read_run("form", 0, form)], "cheap", format_control="form")
+    rows = compare([*runs, read_run("form", 0, form)], "cheap", format_control="form", unbudgeted={"form"})
     assert [row.beyond_format for row in rows] == [
         pytest.approx(0.25),
         0.0,
@@ -85,8 +85,9 @@ def test_what_is_gained_beyond_format_is_told_where_one_is_paid_for_format_alone
     assert header.endswith("| beyond format (95%) |") and header.count("|") == line.count("|")
     assert [cell.count("|") for cell in cells] == [header.count("|")] * 3
     assert cells[0].endswith("| +25.0 ± 147.0 | +25.0 ± 98.0 |") and cells[2].endswith(" ± 49.0 |  |")
-    assert budget(runs, "cheap") == 160  # it may stop early: 80 where it counts
-    assert compare(runs, "dear", format_control="cheap")[0].steps == 4
+    assert "by every run but those of form: at most so many." in markdown(rows, 80, "fixed_masks", {"form"})
+    assert budget(runs, {"cheap"}) == 160  # it may stop early: 80 where it counts
+    assert compare(runs, "dear", format_control="cheap", unbudgeted={"cheap"})[0].steps == 4
     with pytest.raises(ReportError, match="reference is 'form'"):
         compare(runs, "cheap", format_control="form")
 

@@ -16,6 +16,7 @@ reference = "control"
 task = "format_only"
 [variants.control]
 lr = 0.0
+train_iters = 1
 """
 SMALL = "--train-iters 2 --paragraphs-per-step 2 --n-masks-per-paragraph 4 --n-predictions-per-mask 4 --eval-interval 1"
 QUIET = "--num-fixed-masks 4 --save-interval 0 --no-export-hf --no-tensorboard --no-write-page --show-rollouts 0"
@@ -44,6 +45,8 @@ def test_variants_are_run_from_one_policy_and_put_into_one_table(tmp_path):
     assert done.stdout.endswith(table) and table.count("| control | 1 |") == 2  # fixed masks and held out
     record = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
     first, form, control = record["fixed_masks"]["rows"]
+    assert (first["steps"], control["steps"]) == (2, 1)  # what learns nothing may stop early
+    assert "but those of paid_for_format and control: at most" in table
     assert first["before"] == control["before"] == control["after"]  # the same policy, and one that learns nothing
     assert (
         first["beyond_format"] is not None and form["beyond_format"] is None
