@@ -77,8 +77,8 @@ def unserved(python: str) -> str:
     return "SGLang is not installed in --server-python" if absent else ""
 
 
-def machine(on: torch.device) -> dict[str, Any]:
-    """Card, versions, commit, day."""
+def machine(on: torch.device, server_python: str = "") -> dict[str, Any]:
+    """Card, versions (SGLang's of the interpreter that serves), commit, day."""
     found: dict[str, Any] = {"date": str(date.today()), "device": "cpu"}
     if on.type == "cuda":
         found["device"] = torch.cuda.get_device_name(on)
@@ -88,6 +88,10 @@ def machine(on: torch.device) -> dict[str, Any]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
+    if server_python:
+        ask = "from importlib.metadata import version; print(version('sglang'))"
+        asked = subprocess.run([server_python, "-c", ask], capture_output=True, text=True)
+        found["sglang"] = asked.stdout.strip() or None
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return found | {"commit": done.stdout.strip() or None}
 

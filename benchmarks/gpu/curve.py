@@ -144,7 +144,7 @@ def main() -> None:
         given.seeds, given.steps = 1, 2
     part = "curve" if given.study == "game" else f"curve_{given.study}"
     arms, runs = STUDIES[given.study], given.out.resolve() / part
-    record = Record(given.out, part, machine(on) | {"config": given.config, "steps": given.steps})
+    record = Record(given.out, part, machine(on, given.server_python) | {"config": given.config, "steps": given.steps})
     deadline, reason = time.monotonic() + 60 * given.minutes, ""
     for seed in range(given.seeds):  # all arms of a seed before the next: what there is can always be compared
         for arm in arms:

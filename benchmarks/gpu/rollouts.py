@@ -124,7 +124,7 @@ def main() -> None:
     gpus = min(1, torch.cuda.device_count()) if on.type == "cuda" else 0
     if given.smoke:
         given.paragraphs = 1
-    record = Record(given.out, "rollouts", machine(on) | {"smoke": given.smoke})
+    record = Record(given.out, "rollouts", machine(on, given.server_python) | {"smoke": given.smoke})
     for told, precision in PRECISIONS.items():
         what = (
             f"rollouts, {given.model.name} shape, {told}, {given.paragraphs} x {MASKS} x (1 + {PREDICTIONS}) responses"

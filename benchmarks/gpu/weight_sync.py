@@ -192,7 +192,7 @@ def main() -> None:
     given = parser.parse_args()
     on = device(given.smoke)
     rate = copy_rate(on)
-    record = Record(given.out, "weight_sync", machine(on) | {"copy_bytes_per_s": rate})
+    record = Record(given.out, "weight_sync", machine(on, given.server_python) | {"copy_bytes_per_s": rate})
     size = 2**30 if on.type == "cuda" else 2**22
     took = statistics.median(handles(size, on)[1:])
     record.add(
