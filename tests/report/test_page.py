@@ -281,6 +281,26 @@ def test_supervised_and_random_span_runs_are_shown(browser, tmp_path):
     assert texts(browser, ".chart h3") == ["Entropy", "Loss"]
 
 
+def test_where_format_is_paid_answers_are_readable_not_right(browser, tmp_path):
+    run = record(tmp_path / "control", 3, task="format_only")
+    config = (run / "config.toml").read_text()
+    for warm_up, chips, told in (
+        ("", {"readable", "unreadable"}, "readable"),
+        ('warm_up_task = "random_span"\nwarm_up_task_steps = 2\n', {"right", "wrong"}, "right"),
+    ):
+        (run / "config.toml").write_text(config.replace("[task]\n", f"[task]\n{warm_up}"))
+        browser.open(write_page(run), fragment="#step=2&paragraph=0")
+        assert browser.complaints() == []
+        shown = set()
+        for row in range(len(texts(browser, ".mask-row"))):
+            browser.js(f"document.querySelectorAll('.mask-row')[{row}].click()")
+            shown |= set(texts(browser, ".prediction-head > .chip:first-child"))
+        assert shown == chips
+        assert re.fullmatch(rf"\d+ of \d+ masks valid, \d+ of \d+ {told}", texts(browser, ".paragraph-list .sub")[0])
+        assert browser.js("document.querySelector('.pips').ariaLabel").endswith(f" {told}")
+    assert texts(browser, "#chart-prediction-groups .legend span")[0].startswith("all readable")
+
+
 def test_a_long_run_stays_a_small_page(browser, tmp_path):
     run = record(tmp_path / "run", 12)
     metrics, rollouts = (run / "metrics.jsonl").read_text(encoding="utf-8"), (run / "rollouts.jsonl").read_bytes()
