@@ -88,6 +88,23 @@ def test_every_alarm_stands_on_the_page_with_state_meaning_and_what_to_do(browse
     assert texts(browser, "#alarms .note")[0].startswith(f"1 of {len(ALARMS)} sound")
 
 
+@pytest.mark.parametrize("width", [1280, 800, 400])
+def test_names_of_metrics_in_the_alarms_stand_in_one_piece(browser, page, width):
+    browser.open(page, width=width)
+    # A piece of text that is broken over lines has a box a line.
+    broken = """[...document.querySelectorAll('.alarms .sign')].flatMap((sign) => {
+      const pieces = document.createTreeWalker(sign, NodeFilter.SHOW_TEXT), found = [];
+      while (pieces.nextNode()) for (const match of pieces.currentNode.data.matchAll(/\\S+/g)) {
+        const range = document.createRange();
+        range.setStart(pieces.currentNode, match.index);
+        range.setEnd(pieces.currentNode, match.index + match[0].length);
+        if (range.getClientRects().length > 1) found.push(match[0]);
+      }
+      return found; })"""
+    assert browser.js(broken) == []
+    assert browser.js("document.documentElement.scrollWidth") == width
+
+
 def test_the_mask_is_highlighted_in_its_paragraph_with_its_predictions(browser, page):
     browser.open(page, fragment="#step=12&paragraph=1")
     assert texts(browser, ".stepper output") == ["Step 12"]
