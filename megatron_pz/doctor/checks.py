@@ -16,6 +16,7 @@ from megatron_pz.engine.sglang.fleet import refuse_taken
 from megatron_pz.engine.sglang.specs import server_urls
 from megatron_pz.engine.sglang.versions import check_version, installed_version
 from megatron_pz.errors import EngineError
+from megatron_pz.plan.saves import room
 
 GIB = 1024**3
 Check = Callable[[Patient], Iterator[str]]
@@ -123,15 +124,17 @@ def memory(patient: Patient) -> Iterator[str]:
 
 
 def disk(patient: Patient) -> Iterator[str]:
-    """The checkpoints that are kept, and one more, have room."""
+    """The checkpoints that are to come and folders of weights (`hf/`, those that servers read) have room."""
     saved, run_dir = patient.plan.saves, Path(patient.config.checkpoint.run_dir).absolute()
     place = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
-    new = max(1, saved.num_on_disk - len(patient.saved_steps))
-    wanted, free = saved.checkpoint_bytes * new, shutil.disk_usage(place).free
-    if free < wanted:
+    steps = [int(folder.name.removeprefix("step_")) for folder in patient.saved_steps]
+    found, free = room(saved, patient.config, steps), shutil.disk_usage(place).free
+    if free < found.wanted_bytes:
         yield (
-            f"{run_dir} has {free / GIB:.2f} GiB of free disk, and {new} checkpoints of {saved.checkpoint_bytes / GIB:.2f} GiB "
-            f"want {wanted / GIB:.2f}. Make room, lower --keep or give another --run-dir."
+            f"{run_dir} has {free / GIB:.2f} GiB of free disk, and {found.num_checkpoints} checkpoints of "
+            f"{saved.checkpoint_bytes / GIB:.2f} GiB with {found.num_folders} folders of weights (hf/, weights/) of "
+            f"{saved.weights_bytes / GIB:.2f} want {found.wanted_bytes / GIB:.2f}. Make room, lower --keep, set --no-export-hf or give "
+            "another --run-dir."
         )
 
 
@@ -155,12 +158,22 @@ def servers(patient: Patient) -> Iterator[str]:
 
 
 def stale_masters(patient: Patient) -> Iterator[str]:
-    """An optimizer on the host copies weights when it is made, which is before a checkpoint is read."""
-    if patient.config.optimizer.get("optimizer_cpu_offload") and patient.saved_steps:
+    """An optimizer on the host copies weights when it is made, which is before a checkpoint is read.
+
+    Shown with Megatron's own optimizer on a CPU (tests/checkpoint/test_host_optimizer.py): its masters stay those of the weights
+    at its making, also after `reload_model_params`, so a run that goes on is refused when it reads its checkpoint; weights
+    of `--load` and of `hf_model` come before it. Copies of a GPU's masters, and a step, need CUDA and were not run.
+    """
+    if not patient.config.optimizer.get("optimizer_cpu_offload"):
+        return
+    if patient.platform == "cpu":
+        yield (
+            "optimizer.optimizer_cpu_offload is true on the platform cpu, where Megatron's offloading cannot make a step. Leave it out."
+        )
+    elif patient.saved_steps:
         yield (
             f"optimizer.optimizer_cpu_offload is true and the run goes on from {patient.saved_steps[-1]}: the copies that the "
-            "optimizer keeps on the host would be those of the model before it, and the first update would bring them back. "
-            "Leave it out, or begin a new --run-dir with --load."
+            "optimizer keeps on the host would be those of the model before it. Leave it out, or begin a new --run-dir with --load."
         )
 
 
