@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_pz.config.rules import GAMES, validate
+from megatron_pz.corpus.playable import longest
 from megatron_pz.corpus.tokenizer import HFTokenizer, check_vocab
 from megatron_pz.doctor.patient import Patient
 from megatron_pz.engine.sglang.fleet import refuse_taken
@@ -59,8 +60,7 @@ def positions(patient: Patient) -> Iterator[str]:
     limit = int(patient.hf_config.get("max_position_embeddings") or 0)
     if not limit or patient.config.task.task not in GAMES:
         return
-    longest = max(patient.paragraphs, key=lambda paragraph: len(paragraph.text))
-    found = len(patient.task.prompt_ids(longest.text))
+    found = len(patient.task.prompt_ids(longest(patient.paragraphs).text))
     if found >= limit:
         yield (
             f"A prompt has {found} tokens and the model's max_position_embeddings is {limit}, which must hold the answer too. "
