@@ -78,7 +78,7 @@ def main() -> None:
 def write_texts(leads: Path, out: Path, number: int) -> None:
     """JSON lines; each hundredth repeats the text before it under another id."""
     rows = [json.loads(line) for line in leads.read_text(encoding="utf-8").splitlines()]
-    heads = [row["text"][:220].rpartition(" ")[0].rstrip(",;:. ") for row in rows]
+    heads = [row["text"][:110].rpartition(" ")[0].rstrip(",;:. ") for row in rows]
     with out.open("w", encoding="utf-8") as file:
         for place in range(number):
             told = place - 1 if place % 100 == 99 else place

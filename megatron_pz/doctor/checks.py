@@ -17,7 +17,6 @@ from megatron_pz.engine.sglang.fleet import refuse_taken
 from megatron_pz.engine.sglang.specs import server_urls
 from megatron_pz.engine.sglang.versions import check_version, installed_version
 from megatron_pz.errors import EngineError
-from megatron_pz.plan.saves import room
 
 GIB = 1024**3
 Check = Callable[[Patient], Iterator[str]]
@@ -125,6 +124,8 @@ def memory(patient: Patient) -> Iterator[str]:
 
 def disk(patient: Patient) -> Iterator[str]:
     """The checkpoints that are to come and folders of weights (`hf/`, those that servers read) have room."""
+    from megatron_pz.plan.saves import room  # imports Megatron
+
     saved, run_dir = patient.plan.saves, Path(patient.config.checkpoint.run_dir).absolute()
     place = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
     steps = [int(folder.name.removeprefix("step_")) for folder in patient.saved_steps]

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -172,6 +173,13 @@ def test_a_resumed_run_with_its_optimizer_on_the_host(healthy, tmp_path):
 
 def test_an_optimizer_that_is_moved_to_the_host_it_is_on(healthy):
     one(told(healthy, "--optimizer.optimizer_cpu_offload", "true"), "optimizer", "platform cpu", "Leave it out")
+
+
+def test_light_checks_need_nothing_but_python():
+    names = "{'torch', 'transformers', 'megatron'}"
+    code = f"import sys; from megatron_pz.doctor import examine; print(sorted({names} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_versions_out_of_range(healthy, capsys, monkeypatch):
