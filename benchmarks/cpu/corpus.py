@@ -28,6 +28,7 @@ from typing import Any
 
 import mwparserfromhell
 import psutil
+from large_corpus import section
 from streaming import cpu_name
 from wiki_dump import write_dump
 
@@ -201,6 +202,9 @@ def write(
             if name not in ("pages", "paragraphs", "xml_bytes")
         ),
     ]
+    large = out.with_name("large_corpus.json")
+    if large.exists():
+        lines += ["", *section(json.loads(large.read_text()))]
     record = {
         "date": str(date.today()),
         "cpu": cpu_name(),

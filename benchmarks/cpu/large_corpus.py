@@ -39,6 +39,7 @@ from megatron_pz.platform.select import select_platform
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = str(ROOT / "examples" / "demo_policy")
 MIB = 1024**2
+TITLE = "## A million paragraphs"
 DIGITS = "zero one two three four five six seven eight nine".split()
 
 
@@ -57,7 +58,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=given.folder) as made:
         place = given.folder or Path(made)
         record: dict[str, Any] = {"date": str(date.today()), "cpu": cpu_name(), "load_average": os.getloadavg()}
-        record["sizes"] = {}
+        record |= {"workers": given.workers, "sizes": {}}
         for number in (given.paragraphs // 100, given.paragraphs):
             source, store = place / f"{number}.jsonl", place / f"store_{number}"
             if not source.exists():
@@ -72,7 +73,48 @@ def main() -> None:
             told |= json.loads(alone.stdout.splitlines()[-1]) | {"jsonl_bytes": source.stat().st_size}
             record["sizes"][number] = told
         given.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    sys.stdout.write(json.dumps(record, indent=1) + "\n")
+    page = given.out.with_name("corpus.md")
+    before = page.read_text().partition(f"\n{TITLE}\n")[0] if page.exists() else ""
+    page.write_text("\n".join([before.rstrip("\n"), "", *section(record)]) + "\n")
+
+
+def section(record: dict[str, Any]) -> list[str]:
+    """Lines of `corpus.md` about a record."""
+    sizes = list(record["sizes"].values())
+    rows: list[tuple[str, list[str]]] = [
+        ("paragraphs kept", [f"{size['train']['paragraphs']:,}" for size in sizes]),
+        ("JSONL", [f"{size['jsonl_bytes'] / 1e6:.1f} MB" for size in sizes]),
+        ("store", [f"{size['store_bytes'] / 1e6:.1f} MB" for size in sizes]),
+        ("tool, by the clock", [f"{sum_of(size['seconds']):.0f} s" for size in sizes]),
+        ("of these, merging", [f"{size['seconds']['merge'] - size['seconds']['batches']:.1f} s" for size in sizes]),
+        ("tool, CPU", [f"{size['cpu_s']:.0f} s" for size in sizes]),
+        (
+            "resident while batches are made, after its start",
+            [f"{size['peak_rss']['batches'] / MIB:.0f} MiB" for size in sizes],
+        ),
+        ("resident while they are merged", [f"{size['peak_rss']['merge'] / MIB:.0f} MiB" for size in sizes]),
+        ("a store is opened in", [f"{1e3 * size['open_s']:.1f} ms" for size in sizes]),
+        ("a draw from its first half", [f"{1e6 * size['draw_s']['first half']:.0f} µs" for size in sizes]),
+        ("a draw from its second half", [f"{1e6 * size['draw_s']['second half']:.0f} µs" for size in sizes]),
+        ("memory that the launcher's next three take", [f"{size['grown_bytes'] / MIB:.0f} MiB" for size in sizes]),
+    ]
+    for name in sizes[0]["seconds_open"]:
+        rows.append((name, [f"{size['seconds_open'][name]:.2f} s" for size in sizes]))
+    return [
+        TITLE,
+        "",
+        f"{record['date']}, {record['cpu']}, load average {record['load_average'][1]:.1f}; {record['workers']} worker; texts of the "
+        "demo with a number in words, one in a hundred twice. Seconds are by the clock, on cores that other jobs held too.",
+        "",
+        f"| | {' | '.join(f'{number} lines' for number in record['sizes'])} |",
+        f"|---|{'---|' * len(sizes)}",
+        *(f"| {name} | {' | '.join(values)} |" for name, values in rows),
+    ]
+
+
+def sum_of(seconds: dict[str, float]) -> float:
+    """Until the end: `seconds` are of the clock at the end of each phase."""
+    return max(seconds.values())
 
 
 def write_texts(leads: Path, out: Path, number: int) -> None:
@@ -105,10 +147,12 @@ def prepare(source: Path, out: Path, number: int, workers: int) -> dict[str, Any
         cwd=ROOT,
     )
     last = out.with_name(f".tmp-{out.name}") / "batches" / f"{(number - 1) // BATCH_DOCUMENTS:07d}.npz"
-    peak = {"batches": 0, "merge": 0}
-    seconds = {"batches": 0.0, "merge": 0.0}
+    first = last.with_name(f"{0:07d}.npz")  # before it, a process reads the tokenizer with `transformers`, and ends
+    peak = {"start": 0, "batches": 0, "merge": 0}
+    seconds = {"start": 0.0, "batches": 0.0, "merge": 0.0}
     while process.poll() is None:
-        phase = "merge" if seconds["merge"] or last.exists() else "batches"
+        begun = seconds["batches"] or first.exists()
+        phase = "merge" if seconds["merge"] or last.exists() else "batches" if begun else "start"
         with suppress(psutil.Error):
             held = sum(one.memory_info().rss for one in (process, *process.children(recursive=True)))
             peak[phase] = max(peak[phase], held)
@@ -151,7 +195,7 @@ def opened(folder: Path) -> dict[str, Any]:
     grown = psutil.Process().memory_info().rss - held.rss
     for name, check in (LIGHT | WHOLE).items():
         seconds[f"doctor: {name}"] = timed(lambda check=check: list(check(patient)))[1]
-    return {"open_s": first, "draw_s": draws, "seconds": seconds, "grown_bytes": grown, "playable": len(playable)}
+    return {"open_s": first, "draw_s": draws, "seconds_open": seconds, "grown_bytes": grown, "playable": len(playable)}
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:

@@ -10,6 +10,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
+from megatron_pz.errors import CorpusError
+
 
 def in_order(make: Callable[[], Callable[[Any], Any]], work: Iterable[Any], num_workers: int) -> Iterator[Any]:
     """`make()(piece)` for each piece of `work`, in order.
@@ -70,7 +72,13 @@ def _end(process: SpawnProcess, connection: Connection) -> None:
 
 
 def _answer(connection: Connection) -> Any:
-    result = connection.recv()
+    try:
+        result = connection.recv()
+    except EOFError as error:
+        raise CorpusError(
+            "A worker process ended before it answered; the system ends those that take too much memory. Give fewer --workers; the "
+            "same command goes on where it was."
+        ) from error
     if isinstance(result, Exception):
         raise result
     return result

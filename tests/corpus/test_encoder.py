@@ -1,6 +1,7 @@
 """Encoders for worker processes: the ids of the whole tokenizer, without what it takes to load one."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from megatron_pz.corpus.extract import Extractor, PrepareSettings
 from megatron_pz.corpus.store import tokenizer_digest
 from megatron_pz.corpus.tokenizer import load_tokenizer
 from megatron_pz.corpus.workers import elsewhere
-from megatron_pz.errors import TokenizerError
+from megatron_pz.errors import CorpusError, TokenizerError
 
 ROOT = Path(__file__).parents[2]
 POLICY = str(ROOT / "examples" / "demo_policy")
@@ -143,6 +144,11 @@ def test_neither_workers_nor_the_reader_load_transformers(tmp_path):
     (tmp_path / "reader.py").write_text(READER)
     command = [sys.executable, str(tmp_path / "reader.py"), POLICY]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_process_that_is_ended_from_outside_is_told():
+    with pytest.raises(CorpusError, match="ended before it answered.*--workers"):
+        elsewhere(os._exit, 9)
 
 
 def test_a_tokenizer_that_is_not_there_is_told_by_the_process_that_looked(tmp_path):
