@@ -101,12 +101,12 @@ def _marks(text: str) -> Iterator[tuple[str, str, int, int]]:
             is_void = bool(found[3]) or (name in _VOID and not found[1])
             if not is_void:
                 yield "close" if found[1] or not name else "open", f"</{name}", start, end
-        elif mark[0] in "{}":
+        elif mark[0] in "{}" or (mark[0] == "]" and len(mark) > 2):  # pairs; of three the parser alone knows which two
+            what = ("}}" if mark[0] in "{}" else "]]") if len(mark) % 2 == 0 else "?"
             for half in range(start, end, 2):
-                what = "}}" if len(mark) % 2 == 0 else "?"
                 yield "open" if mark[0] == "{" and what != "?" else "close", what, half, half + 2
+        elif mark[0] == "[":
+            yield ("open", _CLOSING[mark], start, end) if mark in _CLOSING else ("close", "?", start, end)
         else:
-            opens = mark[0] == "["
-            what = _CLOSING.get(mark, "?") if opens else mark if len(mark) < 3 else "?"
-            yield "open" if opens and what != "?" else "close", what, start, end
+            yield "close", mark, start, end
     yield "line", "", len(text), len(text)

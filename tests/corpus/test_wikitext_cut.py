@@ -41,6 +41,8 @@ WHOLE = (
     "{{a}}{{b}}",
     "{{{{a}}}}",
     "[[File:a.jpg|thumb|cap [[b]] {{c}}]]",
+    "[[File:a.jpg|thumb|a [[b]]]]",
+    "[[File:a.jpg|[http://x y]]]",
     "[[File:a.jpg|b\nc]]",
     "[[File:{{x}}.jpg]]",
     "[[Image:x.png]] after",
