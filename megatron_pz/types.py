@@ -85,14 +85,19 @@ class Generate(Protocol):
     async def __call__(self, prompt_ids: Sequence[int], params: SamplingParams) -> Completion: ...
 
 
-class Tokenizer(Protocol):
-    """What the game and the tasks need of a tokenizer. Made by `corpus.tokenizer.load_tokenizer`."""
+class Encoder(Protocol):
+    """The half of a tokenizer that measures text."""
 
     vocab_size: int  # largest id + 1
     eos_token_ids: tuple[int, ...]  # every id that ends a response
-    bos_token_ids: tuple[int, ...]  # what the tokenizer puts in front of a text; mostly nothing. `encode` leaves it out
 
     def encode(self, text: str) -> list[int]: ...
+
+
+class Tokenizer(Encoder, Protocol):
+    """What the game and the tasks need of a tokenizer. Made by `corpus.tokenizer.load_tokenizer`."""
+
+    bos_token_ids: tuple[int, ...]  # what the tokenizer puts in front of a text; mostly nothing. `encode` leaves it out
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; the end tokens in `eos_token_ids` are left out, other special tokens are kept."""

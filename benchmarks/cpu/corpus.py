@@ -29,14 +29,18 @@ from typing import Any
 import mwparserfromhell
 import psutil
 import records
+from large_corpus import section
 from wiki_dump import write_dump
 
 from megatron_pz.corpus import wikitext
 from megatron_pz.corpus.dump import decompressed, parse_page, raw_pages
+from megatron_pz.corpus.encoder import encoder_maker
+from megatron_pz.corpus.extract import Extractor, PrepareSettings
 from megatron_pz.corpus.ngrams import text_keys
 from megatron_pz.corpus.paragraphs import reject_reason
 from megatron_pz.corpus.quality import quality_reason
-from megatron_pz.corpus.tokenizer import load_tokenizer
+from megatron_pz.corpus.workers import elsewhere
+from megatron_pz.types import Encoder
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "prepare_corpus.py"
@@ -70,6 +74,7 @@ def main() -> None:
         stages = by_stage(file)
         write_dump(given.leads, place / "short.xml.bz2", 0)
         facts["start"] = tool(place / "short.xml.bz2", place / "out", 1)
+        facts["worker"] = elsewhere(begun, encoder_maker(TOKENIZER))
     write(given.out, facts, rounds, stages)
 
 
@@ -101,6 +106,13 @@ def run(given: list[str]) -> dict[str, float]:
     return {"seconds": time.perf_counter() - start, "cpu": spent() - before, **held}
 
 
+def begun(make_encoder: Callable[[], Encoder]) -> dict[str, float]:
+    """CPU-seconds and memory of a worker that is ready for its first batch."""
+    Extractor(PrepareSettings(TOKENIZER), make_encoder).tokenizer.encode("The first call makes its tables.")
+    held = psutil.Process().memory_info()
+    return {"cpu": time.process_time(), "resident": float(held.rss), "anonymous": float(held.rss - held.shared)}
+
+
 def spent() -> float:
     """CPU-seconds of the processes that ended, their workers included."""
     found = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -112,7 +124,7 @@ def by_stage(file: Path) -> dict[str, float]:
     pages = raw_pages(file)
     next(pages)
     raw = [page for page, _ in zip(pages, range(NUM_STAGE_PAGES), strict=False)]
-    tokenizer = load_tokenizer(TOKENIZER)
+    tokenizer = encoder_maker(TOKENIZER)()
     tokenizer.encode("The first call makes its tables.")
     found: dict[str, float] = {}
 
@@ -125,14 +137,21 @@ def by_stage(file: Path) -> dict[str, float]:
     parsed = timed("XML", lambda: [parse_page(page) for page in raw])
     texts = [text for _, _, space, is_redirect, text in parsed if space == "0" and not is_redirect]
     cut = timed("references and tables cut out", lambda: [wikitext.cut_out(text) for text in texts])
-    timed(
-        "mwparserfromhell's tree", lambda: sum(1 for text in cut if mwparserfromhell.parse(text, skip_style_tags=True))
+    names = frozenset({"file", "image", "category"})
+    left = timed(
+        "infoboxes, lists and files cut out",
+        lambda: [wikitext.blocks_cut_out(text, wikitext.KEPT_TEMPLATES, names) for text in cut],
     )
-    whole = timed("(paragraphs, with the two before)", lambda: [wikitext.wiki_paragraphs(text) for text in texts])
-    cutting, wikitext.cut_out = wikitext.cut_out, lambda text: text
-    slow = timed("(paragraphs, nothing cut out before)", lambda: [wikitext.wiki_paragraphs(text) for text in texts])
-    wikitext.cut_out = cutting
-    assert whole == slow, "cutting out changed a paragraph"
+    timed(
+        "mwparserfromhell's tree", lambda: sum(1 for text in left if mwparserfromhell.parse(text, skip_style_tags=True))
+    )
+    whole = timed("(paragraphs, with the three before)", lambda: [wikitext.wiki_paragraphs(text) for text in texts])
+    for name, cutting in (("blocks_cut_out", "references and tables alone"), ("cut_out", "nothing")):
+        setattr(wikitext, name, lambda text, *_: text)
+        slow = timed(
+            f"(paragraphs, {cutting} cut out before)", lambda: [wikitext.wiki_paragraphs(text) for text in texts]
+        )
+        assert whole == slow, "cutting out changed a paragraph"
     paragraphs = [paragraph for page in whole for paragraph in page]
     timed("quality", lambda: [quality_reason(paragraph, "en") for paragraph in paragraphs])
     ids = timed("tokens", lambda: [tokenizer.encode(paragraph) for paragraph in paragraphs])
@@ -153,8 +172,9 @@ def write(
         f"{date.today()}, {records.cpu_name()}, two virtual cores, load average {os.getloadavg()[1]:.1f}. "
         f"A dump of {facts['pages']} pages, {size:.1f} MB of XML in {facts['file_bytes'] / 1e6:.1f} MB of bzip2; "
         f"{facts['card']['paragraphs']} paragraphs. Medians of {len(rounds['decompression'])} rounds (lowest to highest). "
-        f"A run of the tool on 100 pages takes {facts['start']['cpu']:.1f} CPU-s and {facts['start']['resident'] / MIB:.0f} MiB, "
-        "nearly all of it imports; a worker begins with the same.",
+        f"A run of the tool on 100 pages takes {facts['start']['cpu']:.1f} CPU-s, most of them in a process that reads the tokenizer "
+        f"with `transformers` and ends; a worker begins with {facts['worker']['cpu']:.2f} CPU-s and holds "
+        f"{facts['worker']['resident'] / MIB:.0f} MiB ({facts['worker']['anonymous'] / MIB:.0f} not shared).",
         "",
         "| | MB/s by the clock | MB a CPU-s | CPU over decompression | resident, all processes | not shared |",
         "|---|---|---|---|---|---|",
@@ -182,6 +202,9 @@ def write(
             if name not in ("pages", "paragraphs", "xml_bytes")
         ),
     ]
+    large = out.with_name("large_corpus.json")
+    if large.exists():
+        lines += ["", *section(json.loads(large.read_text()))]
     record = {
         **records.here(),
         "python": sys.version.split()[0],

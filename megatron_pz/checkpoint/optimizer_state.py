@@ -11,7 +11,7 @@ is gathered.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,8 +84,13 @@ def load(optimizer: MegatronOptimizer, saved: Mapping[int, Saved], reader: Piece
         step: updates that the optimizer had made.
 
     Raises:
-        CheckpointError: the checkpoint has no optimizer state, or a part of it is missing.
+        CheckpointError: the checkpoint has no optimizer state, or a part of it is missing; or `optimizer` keeps copies on the host.
     """
+    if any(hasattr(part.optimizer, "sub_optimizers") for part in _parts(optimizer)):
+        raise CheckpointError(
+            f"{reader.folder.parent} cannot be gone on from with optimizer.optimizer_cpu_offload: Megatron copies masters to the host "
+            "when the optimizer is made, and has no way to renew them. Leave it out, or begin a new --run-dir with --load."
+        )
     names = _Names(reader)
     for one in held(optimizer):
         places = places_of_range(saved[id(one.parameter)], one.parameter.shape, one.start, one.stop)
@@ -98,8 +103,6 @@ def load(optimizer: MegatronOptimizer, saved: Mapping[int, Saved], reader: Piece
             found[name] = torch.cat([piece.reshape(-1) for piece in read]).to(tensor)
         one.fill(found)
     for part in _parts(optimizer):
-        if hasattr(part.optimizer, "_sync_hdo_state_to_sub_optimizers"):  # one that keeps a share in host memory
-            part.optimizer._sync_hdo_state_to_sub_optimizers()
         _set_step(part, step)
 
 
@@ -107,7 +110,9 @@ def step_of(optimizer: MegatronOptimizer) -> int:
     """Updates that the optimizer has made; 0 on a rank that holds none of its state."""
     steps = [0]
     for part in _parts(optimizer):
-        for inner in _inner(part):
+        for inner in getattr(
+            part.optimizer, "sub_optimizers", [part.optimizer]
+        ):  # several where a share is on the host
             steps += [int(group["step"]) for group in inner.param_groups if group.get("step") is not None]
             steps += [int(state["step"]) for state in inner.state.values() if "step" in state]
     return max(steps)
@@ -148,11 +153,6 @@ class _Names:
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:
     chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
     return [part for part in chained if not getattr(part, "is_stub_optimizer", False)]
-
-
-def _inner(part: Any) -> Sequence[Any]:
-    """The optimizers of torch or Transformer Engine in it; one that keeps a share in host memory has several."""
-    return getattr(part.optimizer, "sub_optimizers", None) or [part.optimizer]
 
 
 def _start(part: Any) -> None:
@@ -201,9 +201,9 @@ def _of_size(tensors: Mapping[str, Any], numel: int) -> dict[str, Tensor]:
 
 def _set_step(part: Any, step: int) -> None:
     """Torch's Adam counts for each parameter, Transformer Engine's for each group."""
-    for inner in _inner(part):
-        counts_itself = isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
-        for state in inner.state.values() if counts_itself else ():
-            state["step"] = torch.tensor(float(step))
-        for group in inner.param_groups if not counts_itself else ():
-            group["step"] = step
+    inner = part.optimizer
+    counts_itself = isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
+    for state in inner.state.values() if counts_itself else ():
+        state["step"] = torch.tensor(float(step))
+    for group in inner.param_groups if not counts_itself else ():
+        group["step"] = step

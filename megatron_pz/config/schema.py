@@ -118,6 +118,15 @@ class TaskConfig:
     entropy_share: float = 0.2
     """`entropy_ntp`: share of a paragraph's tokens, those of the highest entropy, that questions are drawn from."""
 
+    def at(self, step: int) -> str:
+        """Name of the task of `step`, from 1.
+
+        >>> recipe = TaskConfig(warm_up_task="random_span", warm_up_task_steps=100)
+        >>> recipe.at(100), recipe.at(101)
+        ('random_span', 'pretrain_zero')
+        """
+        return self.warm_up_task if self.warm_up_task and step <= self.warm_up_task_steps else self.task
+
 
 @dataclass(frozen=True)
 class VerifierConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -18,9 +18,8 @@ from megatron_pz.corpus.ngrams import forbidden_grams, shares_gram, text_keys
 from megatron_pz.corpus.paragraphs import reject_reason
 from megatron_pz.corpus.quality import quality_reason
 from megatron_pz.corpus.sources import Document, documents, source_files
-from megatron_pz.corpus.tokenizer import load_tokenizer
 from megatron_pz.corpus.wikitext import wiki_paragraphs
-from megatron_pz.types import Tokenizer
+from megatron_pz.types import Encoder
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,15 @@ class PrepareSettings:
 
 
 class Extractor:
-    """Holds what is loaded once a process: tokenizer and forbidden n-grams."""
+    """Holds what is loaded once a process: tokenizer and forbidden n-grams.
 
-    def __init__(self, settings: PrepareSettings) -> None:
+    Args:
+        make_encoder: of `settings.tokenizer` (`encoder.encoder_maker`).
+    """
+
+    def __init__(self, settings: PrepareSettings, make_encoder: Callable[[], Encoder]) -> None:
         self.settings = settings
-        self.tokenizer: Tokenizer = load_tokenizer(settings.tokenizer)
+        self.tokenizer = make_encoder()
         self.forbidden, self.num_short = evaluation_grams(settings.evaluation, settings.ngram)
 
     def __call__(self, batch: Sequence[tuple[int, Document]]) -> dict[str, np.ndarray]:

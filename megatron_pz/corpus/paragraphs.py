@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from megatron_pz.errors import CorpusError
-from megatron_pz.types import Paragraph, Tokenizer
+from megatron_pz.types import Encoder, Paragraph, Tokenizer
 
 RESERVED = ("[mask]", "\\mask", "\\boxed")
 """What the game itself writes; a text that contains it could not be told from the game (docs/paper.md 4 and 11)."""
@@ -62,7 +62,7 @@ def _reason(text: str, tokenizer: Tokenizer, min_tokens: int, max_tokens: int) -
     return reject_reason(text, tokenizer.encode(text), tokenizer, min_tokens, max_tokens)
 
 
-def reject_reason(text: str, ids: Sequence[int], tokenizer: Tokenizer, min_tokens: int, max_tokens: int) -> str | None:
+def reject_reason(text: str, ids: Sequence[int], tokenizer: Encoder, min_tokens: int, max_tokens: int) -> str | None:
     """Why a text of tokens `ids` cannot be played, but for its prompt; None where it can."""
     if any(word in text for word in RESERVED):
         return "reserved_text"

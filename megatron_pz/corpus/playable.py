@@ -44,6 +44,14 @@ def read_playable(
     return kept, read | selected
 
 
+def longest(paragraphs: Sequence[Paragraph]) -> Paragraph:
+    """The one with most tokens by a store's own count; of others, with most characters."""
+    if isinstance(paragraphs, CorpusStore):
+        tokens = paragraphs.tokens if paragraphs.rows is None else paragraphs.tokens[paragraphs.rows]
+        return paragraphs[int(np.argmax(tokens))]
+    return max(paragraphs, key=lambda paragraph: len(paragraph.text))
+
+
 MARGIN = 32
 """Tokens that a prompt may have beyond its frame and its text: a text next to other text is cut a little otherwise."""
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from megatron_pz.corpus.dump import DumpBroken
+from megatron_pz.corpus.encoder import encoder_maker
 from megatron_pz.corpus.extract import Extractor, PrepareSettings
 from megatron_pz.corpus.ngrams import is_first
 from megatron_pz.corpus.sources import Document, attribution, documents, source_files
@@ -57,11 +58,12 @@ def prepare(
     if out.exists():
         raise DiskError(f"{out} exists already. Remove it, or choose another name for the output.")
     files = source_files(list(sources))
-    extractor = Extractor(settings)  # a bad tokenizer or evaluation file is told before anything is read
+    make_encoder = encoder_maker(settings.tokenizer)
+    extractor = Extractor(settings, make_encoder)  # a bad tokenizer or evaluation file is told before anything is read
     folder = _begin(out, files, settings)
     broken: list[str] = []
     total = 0
-    make = functools.partial(Extractor, settings) if num_workers > 1 else lambda: extractor
+    make = functools.partial(Extractor, settings, make_encoder) if num_workers > 1 else lambda: extractor
     try:
         wanted = list_missing(files, folder, broken)
         for number, (place, size, columns) in enumerate(

@@ -60,26 +60,29 @@ def quality_reason(text: str, language: str = "") -> QualityReason | None:
         return "formula"
     if any(sign in text for sign in ("{{", "}}", "[[", "]]", "{|", "|}", "<ref", "</")):
         return "leftover_markup"
-    solid = [character for character in text if not character.isspace()]
-    letters = [character for character in solid if character.isalpha()]
-    marks = sum(unicodedata.category(character).startswith("M") for character in solid)
-    if len(letters) + marks < 0.6 * len(solid):
+    solid = Counter("".join(text.split()))  # each character is looked at once: a text has few different ones
+    letters = {character: number for character, number in solid.items() if character.isalpha()}
+    num_letters = sum(letters.values())
+    marks = sum(number for character, number in solid.items() if unicodedata.category(character).startswith("M"))
+    if num_letters + marks < 0.6 * solid.total():
         return "few_letters"
     if (wanted := SCRIPTS.get(language)) is not None:
-        found = Counter(map(script, letters))
-        if sum(found[name] for name in wanted) < 0.8 * len(letters) or (language == "ko" and not found["HANGUL"]):
+        found: Counter[str] = Counter()
+        for character, number in letters.items():
+            found[script(character)] += number
+        if sum(found[name] for name in wanted) < 0.8 * num_letters or (language == "ko" and not found["HANGUL"]):
             return "wrong_script"
     if (
         not text.rstrip("\"'’”»)]）」』》").endswith((".", "!", "?", "…", "。", "！", "？", "।", "؟", "۔"))
         and language != "th"
     ):
         return "no_sentence"
-    folded = [text[a:b].casefold() for a, b in words(text)]
-    if language in _SETS and len(folded) >= 12:
-        hits = {code: sum(word in listed for word in folded) for code, listed in _SETS.items()}
+    counts = Counter(text[a:b].casefold() for a, b in words(text))
+    num_words = counts.total()
+    if language in _SETS and num_words >= 12:
+        hits = {code: sum(counts[word] for word in listed) for code, listed in _SETS.items()}
         if hits[language] < max(hits.values()):
             return "wrong_language"
-    counts = Counter(folded)
-    if len(folded) >= 20 and max(counts.values()) > 0.3 * len(folded):
+    if num_words >= 20 and max(counts.values()) > 0.3 * num_words:
         return "repetitive"
     return None

@@ -21,7 +21,7 @@ from typing import IO, Any, overload
 import numpy as np
 
 from megatron_pz.errors import CorpusError
-from megatron_pz.types import Paragraph, Tokenizer
+from megatron_pz.types import Encoder, Paragraph
 
 FORMAT = "megatron_pz corpus 1"
 HEAD = "store.json"
@@ -45,7 +45,7 @@ def is_store(path: str | Path) -> bool:
     return (Path(path) / HEAD).is_file()
 
 
-def tokenizer_digest(tokenizer: Tokenizer) -> str:
+def tokenizer_digest(tokenizer: Encoder) -> str:
     """Equal for tokenizers that cut text alike, as far as a text of many scripts and their sizes tell."""
     said = [tokenizer.vocab_size, list(tokenizer.eos_token_ids), tokenizer.encode(_PROBE)]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()

@@ -64,6 +64,10 @@ class HFTokenizer:
         ids = self._tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=False)
         return list(ids)
 
+    def backend(self) -> Any:
+        """The `tokenizers.Tokenizer` that encodes; None where the class has a way of its own."""
+        return self._tokenizer.backend_tokenizer if _leaves(self._tokenizer, ("encode", "_encode_plus")) else None
+
     @property
     def has_chat_template(self) -> bool:
         """Whether `apply_chat` can be called."""
@@ -138,15 +142,19 @@ def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
     Of a tokenizer whose class leaves decoding to `tokenizers`, that library is asked itself: on the way there `transformers`
     looks at the type of each id.
     """
+    if _leaves(tokenizer, ("decode", "_decode")):
+        return functools.partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=False)
+    return functools.partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _leaves(tokenizer: Any, methods: Sequence[str]) -> bool:
+    """Whether the class of `tokenizer` leaves `methods` to `tokenizers`."""
     from transformers import PreTrainedTokenizerFast
 
     own = type(tokenizer)
-    is_plain = isinstance(tokenizer, PreTrainedTokenizerFast) and all(
-        getattr(own, name) is getattr(PreTrainedTokenizerFast, name) for name in ("decode", "_decode")
+    return isinstance(tokenizer, PreTrainedTokenizerFast) and all(
+        getattr(own, name) is getattr(PreTrainedTokenizerFast, name) for name in methods
     )
-    if is_plain:
-        return functools.partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=False)
-    return functools.partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def check_vocab(tokenizer: Tokenizer, vocab_size: int) -> None:

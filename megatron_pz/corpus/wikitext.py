@@ -2,8 +2,8 @@
 
 1. Templates, tables, references, galleries, files, categories, comments, headings and list items leave nothing.
 2. A few templates hold words of the sentence (`convert`, `lang`, `nowrap`): their words stay.
-3. What is dropped whole and can be told by its tags alone (references, most tables) is cut out before the tree is built, which is
-   where the time goes; pages that quote markup are parsed as they are.
+3. What is dropped whole and can be told without the tree is cut out before it is built (`wikitext_cut`); pages that quote markup
+   are parsed as they are.
 4. A formula leaves `HOLE` behind, so that its paragraph can be left out and counted.
 """
 
@@ -16,6 +16,8 @@ from typing import Any
 import mwparserfromhell
 from mwparserfromhell import nodes
 
+from megatron_pz.corpus.wikitext_cut import blocks_cut_out, cut_out
+
 HOLE = "\ufffc"
 """Stands where something that cannot be text was."""
 
@@ -26,17 +28,12 @@ _DROPPED = frozenset(
 _FORMULA = frozenset({"math", "ce", "chem"})
 _WORDS_AT = {"nowrap": 0, "lang": 1, "transl": -1, "small": 0, "nobold": 0, "em": 0, "strong": 0, "abbr": 0}
 _SIGNS = {"ndash": "–", "mdash": "—", "snd": " – ", "spnd": " – ", "'": "'", "'s": "'s", "nbsp": " ", "·": "·"}
+_AMOUNTS, _FORMULAS = ("convert", "cvt"), ("frac", "math", "mvar", "chem")
+KEPT_TEMPLATES = frozenset({*_SIGNS, *_WORDS_AT, *_AMOUNTS, *_FORMULAS})
+"""Templates that leave something in the text."""
 _LIST = "\x00"
 _QUOTES = re.compile(r"'{2,}")
 _QUOTED = re.compile(r"<(?:nowiki|pre|syntaxhighlight|source)\b", re.IGNORECASE)
-_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
-_REFERENCE = re.compile(
-    r"<ref(?:\s[^<>]*)?(?:/>|(?<!/)>[^<]*(?:<(?!/?ref[\s/>])[^<]*)*</ref\s*>)",  # none that holds the beginning of another
-    re.IGNORECASE,
-)
-_TABLE = re.compile(r"(?m:^)([ \t:]*)\{\|[^\n]*(?:\n(?![ \t:]*(?:\{\||\|\}))[^\n]*)*\n[ \t]*\|\}(?!\})")
-_CUT = "<ref/>"
-"""Stands in place of what was cut out: it leaves nothing, and ends an address as what stood there did."""
 _MAGIC = re.compile(r"__[A-Z]+__")
 
 
@@ -49,8 +46,10 @@ def wiki_paragraphs(text: str, dropped_links: tuple[str, ...] = ("File", "Image"
     >>> wiki_paragraphs("{{Box}}'''Amber''' is [[Resin|resin]].<ref>x</ref>\\n* item\\n\\n== A ==\\nIt ''burns''.")
     ['Amber is resin.', 'It burns.']
     """
-    tree = mwparserfromhell.parse(text if _QUOTED.search(text) else cut_out(text), skip_style_tags=True)
-    plain = _plain(tree, frozenset(name.casefold() for name in dropped_links))
+    dropped = frozenset(name.casefold() for name in dropped_links)
+    if not _QUOTED.search(text):
+        text = blocks_cut_out(cut_out(text), KEPT_TEMPLATES, dropped)
+    plain = _plain(mwparserfromhell.parse(text, skip_style_tags=True), dropped)
     paragraphs, held = [], []
     for line in [*plain.split("\n"), ""]:
         if line.strip() and line[0] not in "*#:;|!{ " and not line.startswith((_LIST, "}", "----")):
@@ -59,15 +58,6 @@ def wiki_paragraphs(text: str, dropped_links: tuple[str, ...] = ("File", "Image"
             paragraphs.append(_mended(" ".join(held)))
             held = []
     return [paragraph for paragraph in paragraphs if paragraph]
-
-
-def cut_out(text: str) -> str:
-    """`text` without its references and those tables that hold no others.
-
-    >>> cut_out("Amber<ref name=a/> is<ref>{{cite|b}}</ref> old.\\n{|\\n| a\\n|}")
-    'Amber<ref/> is<ref/> old.\\n<ref/>'
-    """
-    return _TABLE.sub(rf"\1{_CUT}", _REFERENCE.sub(_CUT, _COMMENT.sub(_CUT, text)))
 
 
 def _plain(tree: Any, dropped: frozenset[str]) -> str:
@@ -112,9 +102,9 @@ def _template(node: Any, dropped: frozenset[str]) -> str:
     given = [parameter.value for parameter in node.params if not parameter.showkey]
     if name in _SIGNS:
         return _SIGNS[name]
-    if name in ("convert", "cvt") and len(given) > 1:
+    if name in _AMOUNTS and len(given) > 1:
         return f"{_plain(given[0], dropped).strip()} {_plain(given[1], dropped).strip()}"
-    if name in ("frac", "math", "mvar", "chem"):
+    if name in _FORMULAS:
         return HOLE
     place = _WORDS_AT.get(name)
     if place is not None and given and place < len(given):

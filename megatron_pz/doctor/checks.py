@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_pz.config.rules import GAMES, validate
+from megatron_pz.corpus.playable import longest
 from megatron_pz.corpus.tokenizer import HFTokenizer, check_vocab
 from megatron_pz.doctor.patient import Patient
 from megatron_pz.engine.sglang.fleet import refuse_taken
@@ -59,8 +60,7 @@ def positions(patient: Patient) -> Iterator[str]:
     limit = int(patient.hf_config.get("max_position_embeddings") or 0)
     if not limit or patient.config.task.task not in GAMES:
         return
-    longest = max(patient.paragraphs, key=lambda paragraph: len(paragraph.text))
-    found = len(patient.task.prompt_ids(longest.text))
+    found = len(patient.task.prompt_ids(longest(patient.paragraphs).text))
     if found >= limit:
         yield (
             f"A prompt has {found} tokens and the model's max_position_embeddings is {limit}, which must hold the answer too. "
@@ -124,15 +124,19 @@ def memory(patient: Patient) -> Iterator[str]:
 
 
 def disk(patient: Patient) -> Iterator[str]:
-    """The checkpoints that are kept, and one more, have room."""
+    """The checkpoints that are to come and folders of weights (`hf/`, those that servers read) have room."""
+    from megatron_pz.plan.saves import room  # imports Megatron
+
     saved, run_dir = patient.plan.saves, Path(patient.config.checkpoint.run_dir).absolute()
     place = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
-    new = max(1, saved.num_on_disk - len(patient.saved_steps))
-    wanted, free = saved.checkpoint_bytes * new, shutil.disk_usage(place).free
-    if free < wanted:
+    steps = [int(folder.name.removeprefix("step_")) for folder in patient.saved_steps]
+    found, free = room(saved, patient.config, steps), shutil.disk_usage(place).free
+    if free < found.wanted_bytes:
         yield (
-            f"{run_dir} has {free / GIB:.2f} GiB of free disk, and {new} checkpoints of {saved.checkpoint_bytes / GIB:.2f} GiB "
-            f"want {wanted / GIB:.2f}. Make room, lower --keep or give another --run-dir."
+            f"{run_dir} has {free / GIB:.2f} GiB of free disk, and {found.num_checkpoints} checkpoints of "
+            f"{saved.checkpoint_bytes / GIB:.2f} GiB with {found.num_folders} folders of weights (hf/, weights/) of "
+            f"{saved.weights_bytes / GIB:.2f} want {found.wanted_bytes / GIB:.2f}. Make room, lower --keep, set --no-export-hf or give "
+            "another --run-dir."
         )
 
 
@@ -154,12 +158,22 @@ def servers(patient: Patient) -> Iterator[str]:
 
 
 def stale_masters(patient: Patient) -> Iterator[str]:
-    """An optimizer on the host copies weights when it is made, which is before a checkpoint is read."""
-    if patient.config.optimizer.get("optimizer_cpu_offload") and patient.saved_steps:
+    """An optimizer on the host copies weights when it is made, which is before a checkpoint is read.
+
+    Shown with Megatron's own optimizer on a CPU (tests/checkpoint/test_host_optimizer.py): its masters stay those of the weights
+    at its making, also after `reload_model_params`, so a run that goes on is refused when it reads its checkpoint; weights
+    of `--load` and of `hf_model` come before it. Copies of a GPU's masters, and a step, need CUDA and were not run.
+    """
+    if not patient.config.optimizer.get("optimizer_cpu_offload"):
+        return
+    if patient.platform == "cpu":
+        yield (
+            "optimizer.optimizer_cpu_offload is true on the platform cpu, where Megatron's offloading cannot make a step. Leave it out."
+        )
+    elif patient.saved_steps:
         yield (
             f"optimizer.optimizer_cpu_offload is true and the run goes on from {patient.saved_steps[-1]}: the copies that the "
-            "optimizer keeps on the host would be those of the model before it, and the first update would bring them back. "
-            "Leave it out, or begin a new --run-dir with --load."
+            "optimizer keeps on the host would be those of the model before it. Leave it out, or begin a new --run-dir with --load."
         )
 
 

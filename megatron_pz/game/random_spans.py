@@ -7,7 +7,7 @@ masks that the generator names. Punctuation at the ends is left out. What a word
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from megatron_pz.game.masking import MaskRules
 from megatron_pz.game.seeds import derive
@@ -15,6 +15,8 @@ from megatron_pz.game.spans import hide_answer
 from megatron_pz.types import Mask, Paragraph
 from megatron_pz.words import words
 
+MANY = 1 << 16
+"""Paragraphs that fixed questions are chosen from: to read more is to wait at each start."""
 _TRIES = 64
 """Draws before a paragraph is given up; one draw in ten or more is valid in ordinary text."""
 
@@ -67,9 +69,12 @@ def fixed_masks(
     """`n` questions that are the same in every run: one random mask on each of `n` paragraphs chosen with `seed`.
 
     With fewer paragraphs than `n` each is asked about several times. Paragraphs without a valid span are passed over,
-    so fewer than `n` may come back.
+    so fewer than `n` may come back. Of more than `MANY` paragraphs, about `MANY` that `seed` draws are looked at.
     """
-    order = sorted(range(len(paragraphs)), key=lambda index: derive(seed, "question", index, paragraphs[index].id))
+    candidates: Iterable[int] = range(len(paragraphs))
+    if len(paragraphs) > MANY:
+        candidates = {derive(seed, "candidate", draw) % len(paragraphs) for draw in range(MANY)}
+    order = sorted(candidates, key=lambda index: derive(seed, "question", index, paragraphs[index].id))
     masks: list[Mask] = []
     repeat = 0
     while order and len(masks) < n:

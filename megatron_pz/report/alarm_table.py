@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron_pz.report.alarms import State, Watch
+from megatron_pz.report.alarms import Sign, State, Watch
 
 _CHIP = {"sounds": "chip bad", "sounded": "chip", "silent": "chip good", "not measured": "chip"}
 _HEAD = ("Alarm", "State", "Sign", "Meaning", "What to do")
@@ -30,16 +30,22 @@ def _row(state: State) -> str:
     alarm, word = state.alarm, state.word
     since = {"sounds": f"first at step {state.first}", "sounded": f"steps {state.first} to {state.last}"}.get(word, "")
     signs = "".join(
-        f'<span class="sign{" past" if sign in state.sounding else ""}">{html.escape(str(sign))}: '
-        f"{f'{state.values[sign]:.3g}' if sign in state.values else 'no value'}</span>"
+        f'<span class="sign{" past" if sign in state.sounding else ""}">{_sign(state, sign)}</span>'
         for sign in alarm.signs
     )
     cells = (
-        f'<span class="{_CHIP[word]}">{word}</span> {since}',
-        signs,
-        *map(html.escape, (alarm.meaning, alarm.action)),
+        f'<td><span class="{_CHIP[word]}">{word}</span> {since}</td>',
+        f'<td class="signs">{signs}</td>',
+        *(f"<td>{html.escape(text)}</td>" for text in (alarm.meaning, alarm.action)),
     )
     return (
-        f'<tr class="{word.replace(" ", "-")}"><th scope="row">{alarm.name.replace("_", " ")}</th>'
-        f"{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        f'<tr class="{word.replace(" ", "-")}"><th scope="row">{alarm.name.replace("_", " ")}</th>{"".join(cells)}</tr>'
     )
+
+
+def _sign(state: State, sign: Sign) -> str:
+    """Lines break between names of metrics and what is said of them, nowhere else."""
+    value = f"{state.values[sign]:.3g}" if sign in state.values else "no value"
+    metrics, side, limit = str(sign).rpartition(f" {sign.side} ")
+    pieces = [*metrics.split(), f"{side}{limit}: {value}".strip()]
+    return " ".join(f'<span class="whole">{html.escape(piece)}</span>' for piece in pieces)

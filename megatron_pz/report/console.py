@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from megatron_pz.report.games import Game, games_of
+from megatron_pz.report.verdicts import verdicts
 from megatron_pz.types import Group, Rollout
 
 _ROLE_STYLE = {"mask": "yellow", "prediction": "cyan"}
@@ -86,10 +87,11 @@ class Console:
         """One line of plain text, e.g. where a checkpoint was written."""
         self._console.print(Text(visible(text)), soft_wrap=True)
 
-    def show_games(self, groups: Sequence[Group], num_paragraphs: int) -> None:
-        """The first `num_paragraphs` paragraphs of a round: each with one mask and the predictions for it."""
+    def show_games(self, groups: Sequence[Group], num_paragraphs: int, task: str) -> None:
+        """The first `num_paragraphs` paragraphs of a round of `task`: each with one mask and the predictions for it."""
         for game in games_of(groups)[:num_paragraphs]:
-            self._console.print(game_text(game, marks=not self.is_terminal), soft_wrap=not self.is_terminal)
+            text = game_text(game, not self.is_terminal, verdicts(task))
+            self._console.print(text, soft_wrap=not self.is_terminal)
 
     def close(self) -> None:
         """Take the bar away; lines stay."""
@@ -132,11 +134,12 @@ def step_line(step: int, train_iters: int, metrics: Mapping[str, float], eta: st
     return line
 
 
-def game_text(game: Game, marks: bool) -> Text:
-    """A paragraph with its chosen mask highlighted, the predictions below with their rewards.
+def game_text(game: Game, marks: bool, words: tuple[str, str]) -> Text:
+    """A paragraph with its chosen mask highlighted, the predictions below.
 
     Args:
         marks: put [[ ]] around hidden words, where there is no colour to show them.
+        words: for a prediction that is paid, and for one that is not.
     """
     text = Text("\n")
     text.append(f"{visible(game.paragraph_id)}  ", "dim")
@@ -153,14 +156,14 @@ def game_text(game: Game, marks: bool) -> Text:
             text.append(f"  rejected: {game.mask.reject_reason}", "red")
     for rollout in game.predictions:
         text.append("\n  prediction ", _ROLE_STYLE["prediction"])
-        text.append_text(_prediction(rollout))
+        text.append_text(_prediction(rollout, words))
     return text
 
 
-def _prediction(rollout: Rollout) -> Text:
-    right = rollout.reward > 0
+def _prediction(rollout: Rollout, words: tuple[str, str]) -> Text:
+    is_paid = rollout.reward > 0
     said = visible(rollout.response.strip())
-    return Text.assemble((f"{'right' if right else 'wrong'}  ", "green" if right else "red"), said)
+    return Text.assemble((f"{words[not is_paid]}  ", "green" if is_paid else "red"), said)
 
 
 def _add(line: Text, text: str, style: str = "") -> None:

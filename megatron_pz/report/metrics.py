@@ -101,8 +101,20 @@ TABLE: tuple[Metric, ...] = (
     ),
     *_rows(
         "Groups",
-        ("groups/all_wrong_share", "share", 0, 1, "prediction groups in which nobody was right"),
-        ("groups/all_right_share", "share", 0, 1, "prediction groups in which everybody was right"),
+        (
+            "groups/all_wrong_share",
+            "share",
+            0,
+            1,
+            "prediction groups in which nobody was right (`format_only`: nobody could be read)",
+        ),
+        (
+            "groups/all_right_share",
+            "share",
+            0,
+            1,
+            "prediction groups in which everybody was right (`format_only`: could be read)",
+        ),
         (
             "groups/one_right_share",
             "share",

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_pz
+from megatron_pz.config.schema import TaskConfig
 from megatron_pz.errors import DiskError
 from megatron_pz.report.alarm_table import alarms_html
 from megatron_pz.report.header import header_html
@@ -27,6 +28,7 @@ from megatron_pz.report.questions import read_questions
 from megatron_pz.report.rounds import tree
 from megatron_pz.report.run_files import Curves, RunFiles, read_run
 from megatron_pz.report.sampling import Sample, sample
+from megatron_pz.report.verdicts import verdicts
 
 MAX_ROLLOUT_BYTES = 12_000_000
 """Of rollouts in the page, about."""
@@ -42,10 +44,12 @@ def build_page(run_dir: Path, max_rollout_bytes: int = MAX_ROLLOUT_BYTES) -> str
     """
     run = read_run(run_dir)
     shown = sample(run_dir / ROLLOUTS_FILE, max_rollout_bytes)
+    task = _task(run.config)
     data = {
         "steps": run.curves.steps,
         "columns": run.curves.columns,
-        "rounds": tree(shown.rows),
+        "verdicts": verdicts(task.task),
+        "rounds": [node | {"verdicts": verdicts(task.at(node["step"]))} for node in tree(shown.rows)],
         "questions": read_questions(run_dir / EVAL_FILE),
     }
     script = "\n".join(_asset(name) for name in _SCRIPTS)
@@ -131,6 +135,12 @@ def rollouts_note(shown: Sample, run: RunFiles) -> str:
     if shown.num_damaged:
         note += f" {_count(shown.num_damaged, 'line')} could not be read."
     return note
+
+
+def _task(config: Mapping[str, Any]) -> TaskConfig:
+    """What was played when; other settings of the task are left at their defaults."""
+    given = config.get("task", {})
+    return TaskConfig(**{name: given[name] for name in ("task", "warm_up_task", "warm_up_task_steps") if name in given})
 
 
 def _count(number: int, noun: str) -> str:

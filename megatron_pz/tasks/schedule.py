@@ -5,19 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_pz.config.schema import TaskConfig
 from megatron_pz.tasks.base import Seed, Task
 from megatron_pz.types import Generate, Group, Paragraph, Rollout
-
-
-def task_at(config: TaskConfig, step: int) -> str:
-    """Name of the task of `step`, from 1.
-
-    >>> recipe = TaskConfig(warm_up_task="random_span", warm_up_task_steps=100)
-    >>> task_at(recipe, 100), task_at(recipe, 101)
-    ('random_span', 'pretrain_zero')
-    """
-    return config.warm_up_task if config.warm_up_task and step <= config.warm_up_task_steps else config.task
 
 
 @dataclass(frozen=True)

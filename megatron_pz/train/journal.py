@@ -73,7 +73,7 @@ class RunJournal:
         for alarm in alarms:
             self.console.message(told(alarm, step))
         if played and scores and self.config.report.show_rollouts:
-            self.console.show_games(played.groups, self.config.report.show_rollouts)
+            self.console.show_games(played.groups, self.config.report.show_rollouts, self.config.task.at(step))
 
 
 def _num_generated(groups: Sequence[Group]) -> int:

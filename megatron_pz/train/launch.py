@@ -41,7 +41,6 @@ from megatron_pz.report.writers import RunWriter
 from megatron_pz.tasks.ask import Asker
 from megatron_pz.tasks.base import Task
 from megatron_pz.tasks.opened import opened
-from megatron_pz.tasks.schedule import task_at
 from megatron_pz.tasks.stragglers import Stragglers, num_begun
 from megatron_pz.train.collector import spared_collector
 from megatron_pz.train.deal import deal
@@ -162,7 +161,7 @@ def _train(config: Config, platform: Platform, parallel: Parallel) -> RunState:
         per_step = config.task.paragraphs_per_step
 
         def study(step: int, begun: Sequence[Paragraph]) -> Sequence[Paragraph]:
-            is_due = task_at(config.task, step) == "entropy_ntp"
+            is_due = config.task.at(step) == "entropy_ntp"
             return with_entropies(begun, tokenizer, trainer, config) if is_due else begun
 
         player: Player = (

@@ -13,6 +13,7 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, Optimiz
 from torch import Tensor
 
 from megatron_pz.config.schema import Config, TrainConfig
+from megatron_pz.errors import ConfigError
 from megatron_pz.platform.base import torch_dtype
 from megatron_pz.train.megatron_fields import megatron_record
 
@@ -85,8 +86,13 @@ def build_optimizer(chunks: Sequence[DistributedDataParallel], config: Config) -
     """Megatron's optimizer over `chunks`, whose weights must be loaded: float32 masters are copied from them now.
 
     Raises:
-        ConfigError: as `optimizer_config`.
+        ConfigError: as `optimizer_config`, or the optimizer would be moved to the host where all is there already.
     """
+    if config.optimizer.get("optimizer_cpu_offload") and not next(chunks[0].parameters()).is_cuda:
+        raise ConfigError(
+            "optimizer.optimizer_cpu_offload is true on the platform cpu, where weights and optimizer are in host memory already and "
+            "Megatron's offloading cannot make a step. Leave it out."
+        )
     optimizer = get_megatron_optimizer(optimizer_config(config), list(chunks))
     for part in optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]:
         _start_adam(part.optimizer)

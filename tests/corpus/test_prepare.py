@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from megatron_pz.config.schema import Config, CorpusConfig, TaskConfig
+from megatron_pz.corpus import store as corpus_store
 from megatron_pz.corpus.extract import Extractor, PrepareSettings
+from megatron_pz.corpus.playable import longest as longest_of
 from megatron_pz.corpus.playable import read_playable
 from megatron_pz.corpus.prepare import prepare
 from megatron_pz.corpus.quality import quality_reason
@@ -167,6 +169,15 @@ def test_a_run_believes_the_lengths_of_its_own_tokenizer_and_measures_otherwise(
 
     found, counts = read_playable(str(tmp_path / "out"), config, tokenizer, prompt)
     assert (len(found), counts["kept"], counts["too_long"]) == (2, 2, 1) and len(asked) == 1
+    assert longest_of(found) == found[int(np.argmax([len(tokenizer.encode(p.text)) for p in found]))]
+
+
+def test_the_longest_of_a_store_is_found_without_reading_the_others(tmp_path, monkeypatch):
+    made(tmp_path, dump(tmp_path / "wiki.xml.bz2"))
+    store = CorpusStore(tmp_path / "out", np.array([1, 2], np.uint32))
+    read, cut = [], corpus_store._cut
+    monkeypatch.setattr(corpus_store, "_cut", lambda data, ends, place: read.append(place) or cut(data, ends, place))
+    assert longest_of(store).id == "testwiki:1#1" and len(read) == 2  # its text and its document
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -134,7 +135,20 @@ def test_prompts_longer_than_the_model(healthy, tmp_path):
 def test_a_full_disk(healthy, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(the_checks.shutil, "disk_usage", lambda place: usage(2**40, 2**40, 1000))
-    one(told(healthy), "disk", "0.00 GiB of free disk", "3 checkpoints")
+    one(told(healthy), "disk", "0.00 GiB of free disk", "3 checkpoints", "0 folders of weights")
+
+
+def test_a_disk_that_holds_the_checkpoints_but_not_the_exported_folder(healthy, monkeypatch, tmp_path):
+    flags = ["--save-interval", 0]
+    saved = Patient(load_config([*healthy, *map(str, flags)]), 2).plan.saves
+    usage = namedtuple("usage", "total used free")
+    free = saved.checkpoint_bytes + saved.weights_bytes
+    assert 0 < saved.weights_bytes < saved.checkpoint_bytes
+    monkeypatch.setattr(the_checks.shutil, "disk_usage", lambda place: usage(2**40, 2**40, free))
+    assert told(healthy, *flags) == []
+    monkeypatch.setattr(the_checks.shutil, "disk_usage", lambda place: usage(2**40, 2**40, free - 1))
+    one(told(healthy, *flags), "disk", "1 checkpoints", "1 folders of weights", "--no-export-hf")
+    assert told(healthy, *flags, "--no-export-hf") == []
 
 
 def test_a_port_that_is_taken(healthy, monkeypatch):
@@ -152,9 +166,20 @@ def test_servers_without_sglang(healthy):
 
 def test_a_resumed_run_with_its_optimizer_on_the_host(healthy, tmp_path):
     flags = ["--optimizer.optimizer_cpu_offload", "true"]
-    assert told(healthy, *flags) == []
+    assert told(healthy, *flags, platform="cuda") == []
     (tmp_path / "run/checkpoints/step_000010").mkdir(parents=True)
-    one(told(healthy, *flags), "optimizer", "step_000010", "--load")
+    one(told(healthy, *flags, platform="cuda"), "optimizer", "step_000010", "--load")
+
+
+def test_an_optimizer_that_is_moved_to_the_host_it_is_on(healthy):
+    one(told(healthy, "--optimizer.optimizer_cpu_offload", "true"), "optimizer", "platform cpu", "Leave it out")
+
+
+def test_light_checks_need_nothing_but_python():
+    names = "{'torch', 'transformers', 'megatron'}"
+    code = f"import sys; from megatron_pz.doctor import examine; print(sorted({names} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_versions_out_of_range(healthy, capsys, monkeypatch):

@@ -1,13 +1,14 @@
 """Spans that chance chooses: the law, the places, the validity, the seeds."""
 
 import random
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_pz.game.masking import MaskRules, cuts_no_word, restore
-from megatron_pz.game.random_spans import fixed_masks, random_mask, span_length
+from megatron_pz.game.random_spans import MANY, fixed_masks, random_mask, span_length
 from megatron_pz.game.spans import reject_reason
 from megatron_pz.types import Paragraph
 from megatron_pz.words import words
@@ -82,6 +83,30 @@ def test_fixed_masks_are_the_same_in_every_run_and_others_under_another_seed():
 
 def test_more_fixed_masks_begin_with_the_fewer():
     assert fixed_masks(PARAGRAPHS, 9, 7, MaskRules(), **LAW)[:4] == fixed_masks(PARAGRAPHS, 4, 7, MaskRules(), **LAW)
+
+
+class Endless(Sequence):
+    """A million paragraphs that count how often they are read."""
+
+    num_read = 0
+
+    def __len__(self):
+        return 1_000_000
+
+    def __getitem__(self, index):
+        self.num_read += 1
+        return Paragraph(f"p{index}", f"Number {index} stands here with {index * 7} other words of the text.")
+
+
+def test_of_a_long_corpus_only_a_part_is_read_and_questions_are_from_all_of_it():
+    corpus = Endless()
+    masks = fixed_masks(corpus, 200, 7, MaskRules(), **LAW)
+    assert corpus.num_read < 3 * MANY
+    assert masks[:50] == fixed_masks(Endless(), 50, 7, MaskRules(), **LAW)
+    assert masks != fixed_masks(Endless(), 200, 8, MaskRules(), **LAW)
+    tenths = [int(mask.paragraph_id[1:]) // 100_000 for mask in masks]
+    assert {tenths.count(tenth) > 6 for tenth in range(10)} == {True}  # 20, sd 4.2
+    assert len({mask.paragraph_id for mask in masks}) == 200
 
 
 def test_few_paragraphs_are_asked_about_several_times_and_hopeless_ones_never():

@@ -9,6 +9,7 @@ from builders import group, mask, rollout
 from megatron_pz.report.console import Console, duration, step_line, visible
 from megatron_pz.types import Role
 
+TASK = "pretrain_zero"
 METRICS = {
     "reward/mask/mean": 0.412,
     "reward/prediction/mean": 0.3331,
@@ -73,7 +74,7 @@ def test_other_ranks_are_silent():
     shown, stream = console(enabled=False)
     with shown:
         shown.step(3, METRICS)
-        shown.show_games(games(), 1)
+        shown.show_games(games(), 1, TASK)
         shown.message("hello")
     assert stream.getvalue() == ""
 
@@ -83,7 +84,7 @@ def test_a_terminal_gets_a_bar_and_the_lines_stay():
     with shown:
         for step in (1, 2, 3):
             shown.step(step, METRICS)
-        shown.show_games(games(), 1)
+        shown.show_games(games(), 1, TASK)
     text = stream.getvalue()
     assert "3/10" in text and "38s left" in text
     assert "\x1b[" in text
@@ -94,7 +95,7 @@ def test_a_terminal_gets_a_bar_and_the_lines_stay():
 
 def test_a_game_shows_the_mask_in_its_paragraph_and_the_predictions():
     shown, stream = console()
-    shown.show_games(games(), 1)
+    shown.show_games(games(), 1, TASK)
     assert stream.getvalue().splitlines() == [
         "",
         "leads:1  Oslo or [[[red]Oslo]] lies by the sea, and the sea is cold.",
@@ -104,16 +105,24 @@ def test_a_game_shows_the_mask_in_its_paragraph_and_the_predictions():
     ]
 
 
+def test_where_format_is_paid_an_answer_is_readable_not_right():
+    shown, stream = console()
+    paid, unpaid = rollout(reward=1.0, answer="Rome"), rollout(reward=0.0, answer=None)
+    shown.show_games([group([paid, unpaid])], 1, "format_only")
+    lines = [line.split() for line in stream.getvalue().splitlines() if line.startswith("  prediction")]
+    assert [line[1] for line in lines] == ["readable", "unreadable"], stream.getvalue()
+
+
 def test_a_round_without_a_valid_mask_says_why():
     only = group([rollout(Role.GENERATOR, 0.0, answer=None, valid=False, reject_reason="no_mask", group_id="1.0")])
     shown, stream = console()
-    shown.show_games([only], 3)
+    shown.show_games([only], 3, TASK)
     assert "no braces  reward 0.000  rejected: no_mask" in stream.getvalue()
 
 
 def test_chance_chosen_masks_are_shown_without_a_mask_response():
     shown, stream = console()
-    shown.show_games([group([rollout(reward=1.0), rollout(reward=0.0)])], 2)
+    shown.show_games([group([rollout(reward=1.0), rollout(reward=0.0)])], 2, "random_span")
     assert "[[Paris]] is the capital of France." in stream.getvalue()
     assert "mask  " not in stream.getvalue()
 
@@ -121,7 +130,7 @@ def test_chance_chosen_masks_are_shown_without_a_mask_response():
 @pytest.mark.parametrize("count", [0, 1])
 def test_as_many_games_are_shown_as_asked_for(count):
     shown, stream = console()
-    shown.show_games(games() + [group([rollout(Role.GENERATOR, 0.0, hidden=mask(), group_id="1.1")])], count)
+    shown.show_games(games() + [group([rollout(Role.GENERATOR, 0.0, hidden=mask(), group_id="1.1")])], count, TASK)
     assert stream.getvalue().count("leads:1") == count
 
 

@@ -88,6 +88,23 @@ def test_every_alarm_stands_on_the_page_with_state_meaning_and_what_to_do(browse
     assert texts(browser, "#alarms .note")[0].startswith(f"1 of {len(ALARMS)} sound")
 
 
+@pytest.mark.parametrize("width", [1280, 800, 400])
+def test_names_of_metrics_in_the_alarms_stand_in_one_piece(browser, page, width):
+    browser.open(page, width=width)
+    # A piece of text that is broken over lines has a box a line.
+    broken = """[...document.querySelectorAll('.alarms .sign')].flatMap((sign) => {
+      const pieces = document.createTreeWalker(sign, NodeFilter.SHOW_TEXT), found = [];
+      while (pieces.nextNode()) for (const match of pieces.currentNode.data.matchAll(/\\S+/g)) {
+        const range = document.createRange();
+        range.setStart(pieces.currentNode, match.index);
+        range.setEnd(pieces.currentNode, match.index + match[0].length);
+        if (range.getClientRects().length > 1) found.push(match[0]);
+      }
+      return found; })"""
+    assert browser.js(broken) == []
+    assert browser.js("document.documentElement.scrollWidth") == width
+
+
 def test_the_mask_is_highlighted_in_its_paragraph_with_its_predictions(browser, page):
     browser.open(page, fragment="#step=12&paragraph=1")
     assert texts(browser, ".stepper output") == ["Step 12"]
@@ -279,6 +296,26 @@ def test_supervised_and_random_span_runs_are_shown(browser, tmp_path):
     browser.open(write_page(tmp_path))
     assert texts(browser, "#rollouts-note") == ["The task continue_pt learns from text and generates nothing."]
     assert texts(browser, ".chart h3") == ["Entropy", "Loss"]
+
+
+def test_where_format_is_paid_answers_are_readable_not_right(browser, tmp_path):
+    run = record(tmp_path / "control", 3, task="format_only")
+    config = (run / "config.toml").read_text()
+    for warm_up, chips, told in (
+        ("", {"readable", "unreadable"}, "readable"),
+        ('warm_up_task = "random_span"\nwarm_up_task_steps = 2\n', {"right", "wrong"}, "right"),
+    ):
+        (run / "config.toml").write_text(config.replace("[task]\n", f"[task]\n{warm_up}"))
+        browser.open(write_page(run), fragment="#step=2&paragraph=0")
+        assert browser.complaints() == []
+        shown = set()
+        for row in range(len(texts(browser, ".mask-row"))):
+            browser.js(f"document.querySelectorAll('.mask-row')[{row}].click()")
+            shown |= set(texts(browser, ".prediction-head > .chip:first-child"))
+        assert shown == chips
+        assert re.fullmatch(rf"\d+ of \d+ masks valid, \d+ of \d+ {told}", texts(browser, ".paragraph-list .sub")[0])
+        assert browser.js("document.querySelector('.pips').ariaLabel").endswith(f" {told}")
+    assert texts(browser, "#chart-prediction-groups .legend span")[0].startswith("all readable")
 
 
 def test_a_long_run_stays_a_small_page(browser, tmp_path):

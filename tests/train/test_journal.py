@@ -8,7 +8,7 @@ import pytest
 from builders import group, rollout
 
 from megatron_pz import __version__
-from megatron_pz.config.schema import Config, ReportConfig
+from megatron_pz.config.schema import Config, ReportConfig, TaskConfig
 from megatron_pz.errors import DiskError, ReportError
 from megatron_pz.report.alarms import Watch
 from megatron_pz.report.console import Console
@@ -107,6 +107,16 @@ def test_games_are_shown_at_steps_that_score(journal):
     book, _, out = journal
     book.write(2, DRAWN, Round(GROUPS, ()), None, {"eval/fixed_masks/accuracy": 0.5}, Timers())
     assert "[[Paris]] is the capital" in out.getvalue() and "wrong" in out.getvalue()
+
+
+def test_games_of_a_step_are_judged_by_the_task_of_that_step(journal):
+    book, _, out = journal
+    task = TaskConfig(task="random_span", warm_up_task="format_only", warm_up_task_steps=2)
+    book = RunJournal(book.writer, book.console, Config(report=ReportConfig(show_rollouts=1), task=task))
+    for step in (2, 3):
+        book.write(step, DRAWN, Round(GROUPS[:1], ()), None, {"eval/fixed_masks/accuracy": 0.5}, Timers())
+    words = [line.split()[1] for line in out.getvalue().splitlines() if line.startswith("  prediction")]
+    assert words == ["readable", "unreadable", "right", "wrong"]
 
 
 def test_a_metric_that_no_table_knows_is_refused_before_rollouts_are_written(journal):

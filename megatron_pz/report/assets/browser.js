@@ -39,37 +39,37 @@ class Browser {
   }
 
   draw(keepsList) {
-    const { round, paragraph } = this.at, { step, paragraphs } = this.rounds[round];
+    const { round, paragraph } = this.at, { step, paragraphs, verdicts } = this.rounds[round];
     this.slider.value = round;
     this.slider.setAttribute("aria-valuetext", `step ${step}`);
     this.output.textContent = `Step ${step}`;
     this.back.disabled = round === 0;
     this.next.disabled = round === this.rounds.length - 1;
-    if (!keepsList) this.list.replaceChildren(...paragraphs.map((p, i) => this.item(p, i)));
+    if (!keepsList) this.list.replaceChildren(...paragraphs.map((p, i) => this.item(p, i, verdicts)));
     [...this.list.children].forEach((item, i) => item.setAttribute("aria-current", String(i === paragraph)));
     const shown = this.list.children[paragraph];  // scrollIntoView would move the page too
     this.list.scrollTop = Math.max(shown.offsetTop + shown.offsetHeight - this.list.clientHeight, Math.min(this.list.scrollTop, shown.offsetTop));
-    this.drawGame(paragraphs[paragraph]);
+    this.drawGame(paragraphs[paragraph], verdicts);
   }
 
-  item(paragraph, index) {
+  item(paragraph, index, verdicts) {
     const predictions = paragraph.masks.flatMap((mask) => mask.predictions);
-    const right = predictions.filter((p) => p.reward > 0).length, valid = paragraph.masks.filter((mask) => mask.valid).length;
+    const paid = predictions.filter((p) => p.reward > 0).length, valid = paragraph.masks.filter((mask) => mask.valid).length;
     return el("button", { type: "button", onclick: () => this.go({ paragraph: index, mask: best(paragraph.masks) }) },
       el("span", { class: "snippet" }, Array.from(paragraph.text).slice(0, 60).join("")),
-      el("span", { class: "sub" }, `${valid} of ${paragraph.masks.length} masks valid, ${right} of ${predictions.length} right`));
+      el("span", { class: "sub" }, `${valid} of ${paragraph.masks.length} masks valid, ${paid} of ${predictions.length} ${verdicts[0]}`));
   }
 
-  drawGame(paragraph) {
+  drawGame(paragraph, verdicts) {
     const { mask: chosen } = this.at, mask = paragraph.masks[chosen];
     const hadFocus = this.game.contains(document.activeElement);
     const rows = el("div", { class: "mask-list", role: "group", "aria-label": "Masks" },
-      paragraph.masks.map((m, i) => maskRow(m, i === chosen, () => this.go({ mask: i }))));
+      paragraph.masks.map((m, i) => maskRow(m, i === chosen, verdicts, () => this.go({ mask: i }))));
     moveByArrows(rows);
     this.game.replaceChildren(passage(paragraph, chosen),
       el("p", { class: "source" }, String(paragraph.id), mask.version === null || mask.version === undefined ? "" : ` · policy version ${mask.version}`),
       el("h3", null, paragraph.masks.some((m) => m.response !== undefined) ? "Masks" : "Masks, chosen by chance"), rows,
-      ...responseBlock(mask, "mask"), ...predictionList(mask));
+      ...responseBlock(mask, "mask"), ...predictionList(mask, verdicts));
     if (hadFocus) rows.children[chosen].focus();
   }
 }
@@ -97,22 +97,22 @@ function passage(paragraph, chosen) {
   return node;
 }
 
-function maskRow(mask, isChosen, onclick) {
-  const right = mask.predictions.filter((p) => p.reward > 0).length;
+function maskRow(mask, isChosen, verdicts, onclick) {
+  const paid = mask.predictions.filter((p) => p.reward > 0).length;
   return el("button", { type: "button", class: "mask-row", "aria-current": String(isChosen), onclick },
     el("span", null, answerText(mask.answer), " ", mask.reject_reason && el("span", { class: "chip bad" }, words(mask.reject_reason))),
-    el("span", { class: "pips", role: "img", "aria-label": `${right} of ${mask.predictions.length} right` },
+    el("span", { class: "pips", role: "img", "aria-label": `${paid} of ${mask.predictions.length} ${verdicts[0]}` },
       [...mask.predictions].sort((a, b) => b.reward - a.reward).map((p) => el("i", { class: "pip" + (p.reward > 0 ? " right" : "") }))),
     el("span", { class: "figure" }, ...figures(mask, 3)),
     el("span", null, mask.trained === undefined ? null : trainedChip(mask)));
 }
 
-function predictionList(mask) {
+function predictionList(mask, verdicts) {
   if (!mask.predictions.length) return [el("p", { class: "note" }, "Nobody was asked for this mask.")];
   const head = el("h3", null, "Predictions of ", el("span", { class: "quoted" }, `“${mask.answer}”`));
   return [head, el("div", null, mask.predictions.map((p) => el("div", { class: "prediction" },
     el("div", { class: "prediction-head" },
-      el("span", { class: "chip " + (p.reward > 0 ? "good" : "bad") }, p.reward > 0 ? "right" : "wrong"),
+      el("span", { class: "chip " + (p.reward > 0 ? "good" : "bad") }, verdicts[p.reward > 0 ? 0 : 1]),
       answerText(p.answer),
       p.reject_reason && el("span", { class: "chip bad" }, words(p.reject_reason)),
       el("span", { class: "figure" }, ...figures(p, 0)),

@@ -79,7 +79,9 @@ class Curves {
 
   make(spec, data) {
     const hasValues = (name) => (data.columns[name] || []).some((v) => v !== null && (!spec.stacked || v !== 0));
-    const series = spec.series.filter(({ name }) => hasValues(name));
+    const [paid, unpaid] = data.verdicts;  // a control pays other answers than right ones
+    const named = (label) => label.replace(/^(all|one) right$/, `$1 ${paid}`).replace("all wrong", `all ${unpaid}`);
+    const series = spec.series.filter(({ name }) => hasValues(name)).map((s) => ({ ...s, label: named(s.label) }));
     const columns = {};
     for (const { name } of series) columns[name] = data.columns[name].map((v) => (v === null ? null : v / (spec.divide || 1)));
     return series.length ? new Chart({ ...spec, series }, data.steps, columns, this) : null;
