@@ -14,17 +14,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_pz.platform.select import select_platform
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-select_platform("cpu")  # before Megatron is imported
+from megatron_pz.errors import MegatronPZError
+from megatron_pz.models.folder import resolve_folder
+from megatron_pz.platform.quick_imports import quick_imports
 
-import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn  # noqa: E402
+with quick_imports():
+    import torch
 
-from megatron_pz.checkpoint import convert  # noqa: E402
-from megatron_pz.errors import MegatronPZError  # noqa: E402
-from megatron_pz.models.folder import resolve_folder  # noqa: E402
+    from megatron_pz.platform.select import select_platform
+
+    select_platform("cpu")  # before Megatron is imported
+    from megatron_pz.checkpoint import convert
+    from megatron_pz.checkpoint.compared import differences
 
 DTYPES = ("keep", "bfloat16", "float16", "float32", convert.FP8)
 
@@ -53,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
             return 0
         pair = (source, given.destination) if given.to == "megatron" else (given.destination, source)
         with shown("verify", convert.source_bytes(given.destination)) as advance:
-            unequal = convert.differences(*pair, dtype=dtype, is_source_hf=given.to == "megatron", advance=advance)
+            unequal = differences(*pair, dtype=dtype, is_source_hf=given.to == "megatron", advance=advance)
     except MegatronPZError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 2
