@@ -14,17 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from megatron_pz.errors import MegatronPZError
+from megatron_pz.models.folder import resolve_folder
 from megatron_pz.platform.select import select_platform
 
 select_platform("cpu")  # before Megatron is imported
-
-import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn  # noqa: E402
-
 from megatron_pz.checkpoint import convert  # noqa: E402
-from megatron_pz.errors import MegatronPZError  # noqa: E402
-from megatron_pz.models.folder import resolve_folder  # noqa: E402
+from megatron_pz.checkpoint.compared import differences  # noqa: E402
 
 DTYPES = ("keep", "bfloat16", "float16", "float32", convert.FP8)
 
@@ -53,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
             return 0
         pair = (source, given.destination) if given.to == "megatron" else (given.destination, source)
         with shown("verify", convert.source_bytes(given.destination)) as advance:
-            unequal = convert.differences(*pair, dtype=dtype, is_source_hf=given.to == "megatron", advance=advance)
+            unequal = differences(*pair, dtype=dtype, is_source_hf=given.to == "megatron", advance=advance)
     except MegatronPZError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 2

@@ -6,9 +6,10 @@ conversion before.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
@@ -33,15 +34,45 @@ class Crc32:
     """That of gzip and PNG."""
 
     def __init__(self) -> None:
-        self._value = 0
+        self.value = 0
 
     def update(self, data: memoryview, /) -> None:
         """Take the next bytes."""
-        self._value = zlib.crc32(data, self._value)
+        self.value = zlib.crc32(data, self.value)
+
+    def join(self, value: int, length: int) -> None:
+        """Take the next `length` bytes, of which only the checksum `value` is known."""
+        # A CRC is linear: what it was before is what zeros in the place of the next bytes make it, and theirs is added.
+        power = 0
+        while length:
+            if length & 1:
+                self.value = _product(_zeros(power), self.value)
+            length, power = length >> 1, power + 1
+        self.value ^= value
 
     def hexdigest(self) -> str:
         """Eight digits."""
-        return f"{self._value:08x}"
+        return f"{self.value:08x}"
+
+
+def _product(columns: Sequence[int], vector: int) -> int:
+    """Of a matrix of bits, given as 32 columns, and a vector of 32 bits."""
+    found = 0
+    for column in columns:
+        if vector & 1:
+            found ^= column
+        vector >>= 1
+    return found
+
+
+@functools.cache
+def _zeros(power: int) -> tuple[int, ...]:
+    """The matrix that 2**power bytes of zeros are to a CRC-32."""
+    if power == 0:
+        bit = (0xEDB88320, *(1 << place for place in range(31)))  # one bit of zero
+        return functools.reduce(lambda matrix, _: tuple(_product(matrix, column) for column in matrix), range(3), bit)
+    half = _zeros(power - 1)
+    return tuple(_product(half, column) for column in half)
 
 
 ALGORITHM = "crc32"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -19,33 +19,35 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
-from megatron_pz.checkpoint import fp8
+from megatron_pz.checkpoint.counterparts import (
+    FP8,
+    VOCABULARY_DIVISOR,
+    encoder,
+    pieces,
+    spec_bytes,
+    specs_of,
+    written,
+)
 from megatron_pz.checkpoint.digested import DigestedFile
 from megatron_pz.checkpoint.hf_export import copy_settings, write_config
 from megatron_pz.checkpoint.hf_import import INDEX, SINGLE, TensorReader
 from megatron_pz.checkpoint.manifest import fingerprint, write_manifest
 from megatron_pz.checkpoint.pieces import PieceReader, write_index, write_object, write_piece
-from megatron_pz.checkpoint.skeleton import Parameter, Place, Skeleton, skeleton
+from megatron_pz.checkpoint.skeleton import Parameter, Skeleton, skeleton
 from megatron_pz.checkpoint.store import SHARDS
-from megatron_pz.checkpoint.tensor_file import MappedTensors, Spec, TensorFile
+from megatron_pz.checkpoint.tensor_file import MappedTensors, TensorFile
 from megatron_pz.checkpoint.unfinished import UnfinishedFolder
 from megatron_pz.config.fp8 import QUANTIZATION_CONFIG
 from megatron_pz.errors import CheckpointError, DiskError, MegatronPZError, ModelError
 from megatron_pz.models.folder import read_hf_config
-from megatron_pz.platform.host import give_back_memory
 
 HF = "hf"
 GIB = 1024**3
-VOCABULARY_DIVISOR = 8  # as `model.make_vocab_size_divisible_by`; a layout that pads further still loads it
-FP8 = "fp8_blockwise"
 Broken = TypeVar("Broken", DigestedFile, TensorFile)
 
 Advance = Callable[[int], None]
 """Told the bytes that were done."""
-Encode = Callable[[str, Tensor], list[tuple[str, Tensor]]]
-"""What stands in the output for a Hugging Face tensor."""
 
 
 def to_megatron(
@@ -83,7 +85,7 @@ def to_megatron(
             with _closed_if_broken(DigestedFile(output.folder / name)) as file:
                 facts = [write_object(file, key) for key in model.objects] if number == 0 else []
                 for parameter in group:
-                    for place, piece in _pieces(parameter, tensors, dtype):
+                    for place, piece in pieces(parameter, tensors, dtype):
                         facts.append(write_piece(file, place, piece))
                         advance(piece.nbytes)
             output.add(name, file.finish, facts)
@@ -126,8 +128,8 @@ def to_hf(
     encode = encoder(dtype)
     task = {"source": str(source.resolve()), "files": _stamps(source / SHARDS), "dtype": str(dtype)}
     output = UnfinishedFolder(destination, {"to": HF, **task, "split": max_file_bytes})
-    specs = {id(one): _specs(one, reader, encode) for one in model.parameters}
-    groups = _groups(model.parameters, lambda one: _spec_bytes(specs[id(one)]), max_file_bytes)
+    specs = {id(one): specs_of(one, reader, encode) for one in model.parameters}
+    groups = _groups(model.parameters, lambda one: spec_bytes(specs[id(one)]), max_file_bytes)
     weight_map: dict[str, str] = {}
     total = 0
     with closing(output), _told_disk(destination):
@@ -135,13 +137,13 @@ def to_hf(
             name = SINGLE if len(groups) == 1 else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
             wanted = [spec for one in group for spec in specs[id(one)]]
             weight_map |= {spec[0]: name for spec in wanted}
-            total += _spec_bytes(wanted)
+            total += spec_bytes(wanted)
             if number < len(output.files):
                 advance(output.files[number].bytes)
                 continue
             with _closed_if_broken(TensorFile(output.folder / name, wanted)) as file:
                 for parameter in group:
-                    for key, tensor in _written(parameter, reader, encode):
+                    for key, tensor in written(parameter, reader, encode):
                         file.add(key, tensor)
                         advance(tensor.nbytes)
             output.add(name, file.finish, None)
@@ -154,32 +156,6 @@ def to_hf(
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (output.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         output.finish()
-
-
-def differences(
-    hf_dir: Path,
-    checkpoint: Path,
-    *,
-    dtype: torch.dtype | str | None = None,
-    is_source_hf: bool,
-    advance: Advance = lambda _: None,
-) -> list[str]:
-    """Names of the tensors in which the output is not, bit for bit, what the source makes it."""
-    model = skeleton(read_hf_config(hf_dir), VOCABULARY_DIVISOR)
-    tensors, pieces = MappedTensors(TensorReader(hf_dir)), PieceReader(checkpoint / SHARDS)
-    found = []
-    for one in model.parameters:
-        saved = _joined(one, pieces)
-        if is_source_hf:
-            assert not isinstance(dtype, str)
-            pairs = [(one.shard.hf_names[0], saved, _from_hf(one, tensors, dtype))]
-        else:
-            pairs = [(name, value, tensors.read(name)) for name, value in _encoded(one, saved, encoder(dtype))]
-        found += [name for name, a, b in pairs if a.dtype != b.dtype or not torch.equal(_bits(a), _bits(b))]
-        advance(sum(b.nbytes for _, _, b in pairs))
-        del saved, pairs
-        give_back_memory()
-    return found
 
 
 def hf_folder_of(checkpoint: Path) -> Path:
@@ -208,14 +184,6 @@ def source_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in [*folder.glob("*.safetensors"), *folder.glob(f"{SHARDS}/*.distcp")])
 
 
-def encoder(dtype: torch.dtype | str | None) -> Encode:
-    """What `dtype` makes of a tensor."""
-    if dtype == FP8:
-        return fp8.encoded
-    assert not isinstance(dtype, str)
-    return lambda name, tensor: [(name, tensor if dtype is None else tensor.to(dtype))]
-
-
 def _check_source(reader: TensorReader, model: Skeleton) -> None:
     """Names and shapes, before anything is written."""
     reader.check_names(model.hf_names())
@@ -238,51 +206,6 @@ def _check_checkpoint(source: Path, reader: PieceReader, model: Skeleton) -> Non
     ]
     if faults:
         raise CheckpointError(f"{source}: the parameters do not fit config.json; {'; '.join(faults)}.")
-
-
-def _pieces(parameter: Parameter, tensors: MappedTensors, dtype: torch.dtype | None) -> Iterable[tuple[Place, Tensor]]:
-    """What stands in a checkpoint for a parameter."""
-    if not parameter.is_saved_as_hf:
-        return parameter.cut(_from_hf(parameter, tensors, dtype))
-    found = [
-        (place, tensors.read(name)) for place, name in zip(parameter.places(), parameter.shard.hf_names, strict=True)
-    ]
-    return [(place, (one if dtype is None else one.to(dtype)).reshape(place.shape)) for place, one in found]
-
-
-def _written(parameter: Parameter, reader: PieceReader, encode: Encode) -> Iterator[tuple[str, Tensor]]:
-    """What stands in a Hugging Face folder for a parameter."""
-    if not parameter.is_saved_as_hf:
-        yield from _encoded(parameter, _joined(parameter, reader), encode)
-        return
-    shapes = parameter.shard.hf_shapes()
-    for place, name, shape in zip(parameter.places(), parameter.shard.hf_names, shapes, strict=True):
-        yield from encode(name, reader.read(place).reshape(shape))
-
-
-def _from_hf(parameter: Parameter, reader: MappedTensors, dtype: torch.dtype | None) -> Tensor:
-    value = parameter.from_hf([reader.read(name) for name in parameter.shard.hf_names])
-    return value if dtype is None else value.to(dtype)
-
-
-def _joined(parameter: Parameter, reader: PieceReader) -> Tensor:
-    return parameter.join([reader.read(place) for place in parameter.places()])
-
-
-def _encoded(parameter: Parameter, value: Tensor, encode: Encode) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in zip(parameter.shard.hf_names, parameter.to_hf(value), strict=True):
-        yield from encode(name, tensor)
-
-
-def _specs(parameter: Parameter, reader: PieceReader, encode: Encode) -> list[Spec]:
-    """Of what `_encoded` will give."""
-    dtype = reader.dtype(parameter.places()[0].key)
-    value = torch.empty(parameter.shard.parameter.shape, dtype=dtype, device="meta")
-    return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in _encoded(parameter, value, encode)]
-
-
-def _spec_bytes(specs: Sequence[Spec]) -> int:
-    return sum(dtype.itemsize * torch.Size(shape).numel() for _, dtype, shape in specs)
 
 
 def _hf_bytes(parameter: Parameter, dtype: torch.dtype) -> int:
@@ -312,11 +235,6 @@ def _stamps(folder: Path) -> list[list[Any]]:
     """What tells whether the source is still the same: names, sizes, times."""
     paths = sorted([*folder.glob("*.safetensors"), *folder.glob("*.distcp"), *folder.glob("config.json")])
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """For comparison: NaN equals itself, and zero is not minus zero."""
-    return tensor.contiguous().view(torch.uint8)
 
 
 @contextmanager

@@ -1,16 +1,13 @@
-"""Files that are summed while they are written, and files whose numbers are used where they stand.
+"""Files that are summed while they are written, by a few threads that share the blocks of each.
 
-One thread writes, another sums the same bytes, and a third has the disk begin, so that each takes its time beside the others'. A
-tensor that only moves from one file to another is never copied.
+A thread sums a block and writes it while it is still in the core's cache; the checksums of blocks are joined to that of the
+file. So the memory is passed once, and a file is as quick as the kernel's copying. Another thread has the disk begin.
 """
 
 from __future__ import annotations
 
-import math
-import mmap
 import os
 from collections import deque
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,10 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_pz.checkpoint import checksum
+from megatron_pz.checkpoint.checksum import Crc32, told
+from megatron_pz.checkpoint.mapped import exact
 
+WRITERS = min(4, os.cpu_count() or 1)
+"""Threads of a file. More gain nothing: the kernel lets one at a time write into a file, others sum meanwhile."""
+BLOCK = 4 * 1024**2
+"""Bytes that a thread is handed at a time."""
+CACHED = 512 * 1024
+"""Bytes that are summed and then written, within a core's cache."""
 BEHIND = 256 * 1024**2
-"""Bytes that the checksum may be behind the writing, and mapped bytes that stay in memory."""
+"""Bytes that may wait for a thread."""
 FLUSH_EVERY = 64 * 1024**2
 """Bytes after which the disk is told to begin."""
 SMALL = 1024**2
@@ -36,15 +40,16 @@ class DigestedFile:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=0)
-        self._checksum = checksum.begun()
-        self._summer, self._flusher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._handle = self._file.fileno()
+        self._checksum = Crc32()
+        self._writers, self._flusher = ThreadPoolExecutor(WRITERS), ThreadPoolExecutor(1)
         self._flush: Future[None] | None = None
         self._unflushed = 0
-        self._waiting: deque[tuple[Future[None], int]] = deque()
+        self._waiting: deque[tuple[Future[int], int]] = deque()  # blocks in the file's order, with their sizes
         self._behind = 0
-        self._small, self._size = bytearray(), 0
+        self._small, self._size, self._sent = bytearray(), 0, 0
         self.fault: OSError | None = None
-        self.lent: np.ndarray | None = None  # memory that stays as it is: bytes of it are not copied for the checksum
+        self.lent: np.ndarray | None = None  # memory that stays as it is: bytes of it are not copied
 
     def write(self, data: bytes | memoryview) -> int:
         """Append `data`; its length in bytes."""
@@ -77,18 +82,18 @@ class DigestedFile:
         """Have everything on disk, and close; the checksum, as it is stored."""
         try:
             self._send_small()
-            if self._flush is not None:
-                self._flush.result()
-            os.fsync(self._file.fileno())
             while self._waiting:
                 self._settle_first()
+            if self._flush is not None:
+                self._flush.result()
+            os.fsync(self._handle)
         finally:
             self.close()
-        return checksum.told(self._checksum)
+        return told(self._checksum)
 
     def close(self) -> None:
         """Stop, whether complete or not."""
-        self._summer.shutdown()
+        self._writers.shutdown(cancel_futures=True)
         self._flusher.shutdown()
         self._file.close()
 
@@ -98,65 +103,39 @@ class DigestedFile:
             self._send(memoryview(gathered))
 
     def _send(self, kept: memoryview) -> None:
-        """To the checksum and to the file; `kept` does not change any more."""
-        self._waiting.append((self._summer.submit(self._checksum.update, kept), len(kept)))
-        self._behind += len(kept)
-        rest = kept
+        """To the threads; `kept` does not change any more."""
+        for start in range(0, len(kept), BLOCK):
+            block = kept[start : start + BLOCK]
+            self._waiting.append((self._writers.submit(_store, self._handle, block, self._sent), len(block)))
+            self._sent += len(block)
+            self._behind += len(block)
+            while self._behind > BEHIND or self._waiting and self._waiting[0][0].done():
+                self._settle_first()
+
+    def _settle_first(self) -> None:
+        """Take the checksum of the first block that waits, and have the disk begin where there is enough for it."""
+        future, size = self._waiting.popleft()
         try:
-            while rest:
-                count = self._file.write(rest[:FLUSH_EVERY])
-                rest = rest[count:]
-                self._have_disk_begin(count)
+            self._checksum.join(future.result(), size)
         except OSError as error:
             self.fault = self.fault or error
             raise
-        while self._behind > BEHIND and len(self._waiting) > 1 or len(self._waiting) > 1 and self._waiting[0][0].done():
-            self._settle_first()
-
-    def _have_disk_begin(self, count: int) -> None:
-        """Have it write what there is, while more comes: `count` bytes came."""
-        self._unflushed += count
+        self._behind -= size
+        self._unflushed += size
         if self._unflushed >= FLUSH_EVERY and (self._flush is None or self._flush.done()):
             if self._flush is not None:
                 self._flush.result()
             self._unflushed = 0
-            self._flush = self._flusher.submit(os.fdatasync, self._file.fileno())
-
-    def _settle_first(self) -> None:
-        future, size = self._waiting.popleft()
-        future.result()
-        self._behind -= size
+            self._flush = self._flusher.submit(os.fdatasync, self._handle)
 
 
-class MappedFile:
-    """A file's numbers as tensors that share its pages. Few of the pages stay in memory."""
-
-    def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self._map.madvise(mmap.MADV_SEQUENTIAL)
-        self._touched = 0
-
-    def tensor(self, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-        """The tensor [*shape] of `dtype` that stands at byte `offset`; to be read only."""
-        count = math.prod(shape)
-        if not count:
-            return torch.empty(*shape, dtype=dtype)
-        self._touched += count * dtype.itemsize
-        if self._touched > BEHIND:
-            # Pages of tensors still in use come back from the file when they are read.
-            self._map.madvise(mmap.MADV_DONTNEED)
-            self._touched = count * dtype.itemsize
-        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).reshape(*shape)
-
-    def part(self, offset: int, length: int) -> memoryview:
-        """Bytes from `offset` on, without a copy."""
-        return memoryview(self._map)[offset : offset + length]
-
-
-def exact(value: Tensor) -> Tensor:
-    """`value`, [...] of any dtype, contiguous and with a storage of its own size: `torch.save` writes a storage as a whole."""
-    value = value.contiguous()
-    if value.untyped_storage().nbytes() == value.nbytes or not value.numel():
-        return value
-    return torch.from_numpy(value.reshape(-1).view(torch.uint8).numpy()).view(value.dtype).reshape(value.shape)
+def _store(handle: int, block: memoryview, offset: int) -> int:
+    """Write `block` at `offset` of a file; its checksum."""
+    checksum = Crc32()
+    for start in range(0, len(block), CACHED):
+        rest = block[start : start + CACHED]
+        checksum.update(rest)
+        while rest:
+            count = os.pwrite(handle, rest, offset)
+            rest, offset = rest[count:], offset + count
+    return checksum.value

@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -30,7 +31,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_pz.checkpoint.digested import DigestedFile, MappedFile, exact
+from megatron_pz.checkpoint.digested import DigestedFile
+from megatron_pz.checkpoint.mapped import MappedFile, exact
 from megatron_pz.checkpoint.places import Place
 from megatron_pz.errors import CheckpointError
 
@@ -111,6 +113,7 @@ class PieceReader:
         self.folder = folder
         self._files: dict[str, MappedFile] = {}
         self._grids: dict[str, _Grid] = {}
+        self._described_by_length: dict[int, list[_Description]] = {}
         self._last: tuple[MetadataIndex, Tensor] | None = None
 
     def tensor_keys(self) -> set[str]:
@@ -175,17 +178,49 @@ class PieceReader:
             if stored.relative_path not in self._files:
                 self._files[stored.relative_path] = MappedFile(path)
             file = self._files[stored.relative_path]
-            # A tensor that only knows where its numbers are: `torch.load` would copy them twice.
-            with FakeTensorMode():
-                part = _Part(file.part(stored.offset, stored.length))
-                known = torch.load(cast("IO[bytes]", part), weights_only=True)
-            start = stored.offset + known.untyped_storage()._checkpoint_offset
-            numbers = file.tensor(start, known.dtype, (known.untyped_storage().nbytes() // known.itemsize,))
+            known = self._described(file.part(stored.offset, stored.length))
+            numbers = file.tensor(stored.offset + known.start, known.dtype, (known.numel,))
         except (OSError, ValueError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
             raise CheckpointError(f"{path} is damaged where {key} stands: {error}.") from error
-        piece = numbers.as_strided(known.shape, known.stride(), known.storage_offset())
+        piece = numbers.as_strided(known.shape, known.stride, known.offset)
         self._last = (index, piece)
         return piece
+
+    def _described(self, part: memoryview) -> _Description:
+        """What `torch.save` wrote before the numbers of a piece. Pieces of one shape, as experts are, begin with the same bytes."""
+        alike = self._described_by_length.setdefault(len(part), [])
+        for known in alike:
+            if part[: known.start] == known.head:
+                return known
+        # A tensor that only knows where its numbers are: `torch.load` would copy them twice.
+        with FakeTensorMode():
+            tensor = torch.load(cast("IO[bytes]", _Part(part)), weights_only=True)
+        storage = tensor.untyped_storage()
+        start = storage._checkpoint_offset
+        found = _Description(
+            bytes(part[:start]),
+            start,
+            tensor.dtype,
+            storage.nbytes() // tensor.itemsize,
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.storage_offset(),
+        )
+        alike[:] = [*alike[-7:], found]  # files that carry sums of their numbers are all different
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Description:
+    """A tensor in a file of `torch.save`."""
+
+    head: bytes  # before its numbers
+    start: int  # where those begin
+    dtype: torch.dtype
+    numel: int  # of the storage
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int  # in the storage
 
 
 class _Grid:

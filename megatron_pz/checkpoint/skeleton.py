@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ class Parameter:
         """Where its pieces stand in a checkpoint."""
         return [place_of(piece) for piece in sharded_pieces(self.saved)]
 
-    @property
+    @cached_property
     def is_saved_as_hf(self) -> bool:
         """Whether its pieces are its Hugging Face tensors, in their order: none needs to be put together."""
         mapping = self.shard.entry.mapping

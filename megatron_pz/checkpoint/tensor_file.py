@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_pz.checkpoint.digested import DigestedFile, MappedFile
+from megatron_pz.checkpoint.digested import DigestedFile
 from megatron_pz.checkpoint.hf_import import TensorReader
+from megatron_pz.checkpoint.mapped import MappedFile
 
 _NAMES = {
     torch.float64: "F64",

@@ -20,6 +20,7 @@ from megatron_pz.platform.select import select_platform
 select_platform("cpu")  # before Megatron is imported
 
 from megatron_pz.checkpoint import convert  # noqa: E402
+from megatron_pz.checkpoint.compared import differences  # noqa: E402
 from megatron_pz.checkpoint.manifest import fingerprint  # noqa: E402
 from megatron_pz.checkpoint.verify import verified  # noqa: E402
 from megatron_pz.errors import CheckpointError, DiskError, ModelError  # noqa: E402
@@ -224,8 +225,26 @@ def test_a_difference_is_found_by_verify(tool, models, tmp_path, monkeypatch, ca
     tensors = load_file(copy / "model.safetensors")
     tensors[QUERY][3, 5] += 1
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    assert convert.differences(copy, tmp_path / "there", is_source_hf=False) == [QUERY]
-    assert convert.differences(source, tmp_path / "there", is_source_hf=False) == []
+    assert differences(copy, tmp_path / "there", is_source_hf=False) == [QUERY]
+    assert differences(source, tmp_path / "there", is_source_hf=False) == []
+
+
+def test_bits_are_compared_and_not_numbers(models, tmp_path):
+    down = "model.layers.0.mlp.down_proj.weight"
+
+    def change(tensors):
+        tensors[NORM][:3] = torch.tensor([torch.nan, 0.0, 1.0])
+        tensors[down][0, 0] = torch.nan
+
+    source = broken_copy(models("qwen3"), tmp_path, change)
+    convert.to_megatron(source, tmp_path / "there")
+    assert differences(source, tmp_path / "there", is_source_hf=True) == []
+    tensors = load_file(source / "model.safetensors")
+    tensors[NORM][1] = -0.0
+    tensors[down][1, 1] += 1
+    tensors[QUERY][0, 0] += 1
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    assert sorted(differences(source, tmp_path / "there", is_source_hf=True)) == sorted([NORM, down, QUERY])
 
 
 def test_fp8_blocks_are_as_near_as_their_format_allows_and_transformers_reads_them(tmp_path):
