@@ -29,7 +29,7 @@ def encoder(dtype: torch.dtype | str | None) -> Encode:
 
 
 def pieces(parameter: Parameter, tensors: MappedTensors, dtype: torch.dtype | None) -> Iterable[tuple[Place, Tensor]]:
-    """What stands in a checkpoint for a parameter."""
+    """What stands in a checkpoint for a parameter: pieces [*place.shape], in `dtype` or, where it is None, in the folder's."""
     if not parameter.is_saved_as_hf:
         return parameter.cut(from_hf(parameter, tensors, dtype))
     found = [
@@ -39,7 +39,7 @@ def pieces(parameter: Parameter, tensors: MappedTensors, dtype: torch.dtype | No
 
 
 def written(parameter: Parameter, reader: PieceReader, encode: Encode) -> Iterator[tuple[str, Tensor]]:
-    """What stands in a Hugging Face folder for a parameter."""
+    """What stands in a Hugging Face folder for a parameter: (name, tensor [...] of the dtype that `encode` gives)."""
     if not parameter.is_saved_as_hf:
         yield from _encoded(parameter, joined(parameter, reader), encode)
         return
@@ -49,13 +49,13 @@ def written(parameter: Parameter, reader: PieceReader, encode: Encode) -> Iterat
 
 
 def from_hf(parameter: Parameter, reader: MappedTensors, dtype: torch.dtype | None) -> Tensor:
-    """The whole parameter."""
+    """The whole parameter, [...] in `dtype` or, where it is None, in the folder's."""
     value = parameter.from_hf([reader.read(name) for name in parameter.shard.hf_names])
     return value if dtype is None else value.to(dtype)
 
 
 def joined(parameter: Parameter, reader: PieceReader) -> Tensor:
-    """The whole parameter."""
+    """The whole parameter, [...] in the checkpoint's dtype."""
     return parameter.join([reader.read(place) for place in parameter.places()])
 
 
