@@ -47,7 +47,8 @@ def blocks_cut_out(text: str, kept_templates: frozenset[str], dropped_links: fro
         kept_templates: names, in lower case, of those that leave words.
         dropped_links: namespaces, in lower case, whose links leave none.
 
-    >>> blocks_cut_out("{{Box\n|a=[[b]]}}\nAmber is old.\n* a\n* b\n[[File:c.jpg|thumb|[[d]]]]\n", frozenset(), frozenset({"file"}))
+    >>> text = "{{Box\\n|a=[[b]]}}\\nAmber is old.\\n* a\\n* b\\n[[File:c.jpg|thumb|[[d]]]]\\n"
+    >>> blocks_cut_out(text, frozenset(), frozenset({"file"}))
     '\\nAmber is old.\\n\\n\\n\\n'
     """
     pieces, done = [], 0
