@@ -35,7 +35,7 @@ def cut_out(text: str) -> str:
     """`text` without its references and those tables that hold no others.
 
     >>> cut_out("Amber<ref name=a/> is<ref>{{cite|b}}</ref> old.\\n{|\\n| a\\n|}")
-    'Amber<ref/> is<ref/> old.\n<ref/>'
+    'Amber<ref/> is<ref/> old.\\n<ref/>'
     """
     return _TABLE.sub(rf"\1{_CUT}", _REFERENCE.sub(_CUT, _COMMENT.sub(_CUT, text)))
 
@@ -47,8 +47,9 @@ def blocks_cut_out(text: str, kept_templates: frozenset[str], dropped_links: fro
         kept_templates: names, in lower case, of those that leave words.
         dropped_links: namespaces, in lower case, whose links leave none.
 
-    >>> blocks_cut_out("{{Box\n|a=[[b]]}}\nAmber is old.\n* a\n* b\n[[File:c.jpg|thumb|[[d]]]]\n", frozenset(), frozenset({"file"}))
-    '\nAmber is old.\n\n\n\n'
+    >>> text = "{{Box\\n|a=[[b]]}}\\nAmber is old.\\n* a\\n* b\\n[[File:c.jpg|thumb|[[d]]]]\\n"
+    >>> blocks_cut_out(text, frozenset(), frozenset({"file"}))
+    '\\nAmber is old.\\n\\n\\n\\n'
     """
     pieces, done = [], 0
     for start, end in _blocks(text, kept_templates, dropped_links):

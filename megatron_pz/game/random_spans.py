@@ -15,7 +15,7 @@ from megatron_pz.game.spans import hide_answer
 from megatron_pz.types import Mask, Paragraph
 from megatron_pz.words import words
 
-MANY = 1 << 16
+MANY = 1 << 14
 """Paragraphs that fixed questions are chosen from: to read more is to wait at each start."""
 _TRIES = 64
 """Draws before a paragraph is given up; one draw in ten or more is valid in ordinary text."""
