@@ -95,10 +95,10 @@ def four(tmp_path_factory):
     return run("OF_FOUR", 4, tmp_path_factory.mktemp("allocated"))
 
 
-@pytest.mark.parametrize("name", OF_TWO)
+# What was recomputed last may still be there.
+@pytest.mark.parametrize("name", [name for name, case in OF_TWO.items() if not case["transformer"]])
 def test_planned_state_of_two_ranks_is_allocated(two, name):
-    if not OF_TWO[name]["transformer"]:  # what was recomputed last may still be there
-        agree(OF_TWO[name], two[name])
+    agree(OF_TWO[name], two[name])
 
 
 @pytest.mark.parametrize("name", OF_TWO)
