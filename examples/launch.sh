@@ -4,7 +4,7 @@
 #   bash SCRIPT | torchrun SCRIPT | torchrun --no-python SCRIPT | srun SCRIPT | sbatch SCRIPT      [--flag value ...]
 #
 # CONFIG=run.toml another configuration       GPUS_PER_NODE=8   processes a node (all GPUs that are there, else 1)
-# DRY_RUN=1 print the command, run nothing    NNODES=1          nodes; without Slurm each needs NODE_RANK and MASTER_ADDR
+# DRY_RUN=1 print the command, train nothing  NNODES=1          nodes; without Slurm each needs NODE_RANK and MASTER_ADDR
 # MAX_RESTARTS=3 times that ranks are started again where one dies: they go on from the newest checkpoint
 # PYTHON=python3 interpreter with megatron_pz installed; .venv/bin/python of this repository by default, if it is there
 # Under Slurm also: slurm/slurm.sh

@@ -20,10 +20,14 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_pz.train.launch import main
-
 if __name__ == "__main__":
     nodes = int(os.environ.get("WORLD_SIZE", 1)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     config = os.environ.get("CONFIG") or str(Path(__file__).parent / f"pretrain_zero_30b_{nodes}node.toml")
+    if os.environ.get("DRY_RUN") == "1":  # torchrun has started ranks already: they end here
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{os.environ.get('WORLD_SIZE', 1)} ranks: -m megatron_pz", config, *sys.argv[1:])
+        sys.exit(0)
+    from megatron_pz.train.launch import main
+
     sys.exit(main([config, *sys.argv[1:]]))
 # end of the Python half

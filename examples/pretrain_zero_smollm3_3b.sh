@@ -20,9 +20,13 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_pz.train.launch import main
-
 if __name__ == "__main__":
     config = os.environ.get("CONFIG") or str(Path(__file__).parent / "pretrain_zero_smollm3_3b.toml")
+    if os.environ.get("DRY_RUN") == "1":  # torchrun has started ranks already: they end here
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{os.environ.get('WORLD_SIZE', 1)} ranks: -m megatron_pz", config, *sys.argv[1:])
+        sys.exit(0)
+    from megatron_pz.train.launch import main
+
     sys.exit(main([config, *sys.argv[1:]]))
 # end of the Python half

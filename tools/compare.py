@@ -17,7 +17,8 @@
     train_iters = 2
 
 Runs lie in DIR/VARIANT/seed_N and go on where they stopped if the command is given again; DIR/comparison.md, comparison.json and one
-figure a set of questions are written after each. --no-run writes them from what is there.
+figure a set of questions are written after each (needs matplotlib: pip install "megatron_pz[plots]"). --no-run writes them from
+what is there.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from typing import Any
 from megatron_pz.config.load import load_config
 from megatron_pz.errors import ConfigError, MegatronPZError, ReportError
 from megatron_pz.report.comparison import Run, budget, compare, markdown, read_run
-from megatron_pz.report.figure import draw
+from megatron_pz.report.figure import draw, need_matplotlib
 
 SETS = ("fixed_masks", "held_out")
 KEYS = {"base", "seeds", "reference", "launch", "variants"}
@@ -58,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
             for variant in plan["variants"]
         ]
         commands = {folder: _command(base, plan, variant, seed, folder, flags) for variant, seed, folder in runs}
-        # A slip in the last variant is told before the first one has run.
+        # A slip in the last variant is told before the first one has run, and so is a figure that could not be drawn after it.
+        need_matplotlib()
         configs = {variant: load_config(commands[folder]) for variant, _, folder in runs}
         format_control = next((name for name, config in configs.items() if config.task.task == "format_only"), None)
         idle = {name for name, config in configs.items() if config.train.lr == 0}

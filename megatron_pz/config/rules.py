@@ -311,7 +311,7 @@ def one_place_a_setting(config: Config, world_size: int) -> Iterator[str]:
     for table in PASS_THROUGH:
         for name in getattr(config, table):
             if (home := section_of(name)) is not None:
-                yield f"{table}.{name} is set twice over: it has its own place, {home}.{name}. Set it there (--{name})."
+                yield f"{table}.{name} has a place of its own, {home}.{name}. Set it there (--{name.replace('_', '-')})."
 
 
 RULES: tuple[Rule, ...] = (

@@ -96,7 +96,8 @@ class TaskConfig:
     update: Literal["joint", "alternate"] = "joint"
     """`joint`: both roles in each update; `alternate`: generator groups on odd steps, predictor groups on even steps."""
     template_dir: str = ""
-    """Folder with `mask.txt` and `prediction.txt`; empty: the package's own for `prompt_style`."""
+    """Folder with `mask.txt`, which says {paragraph} where the text is to stand, and `prediction.txt`, which says {masked_paragraph};
+    empty: the package's own for `prompt_style`."""
     prompt_style: Literal["plain", "chat"] = "chat"
     """`chat`: the template is one user turn of the tokenizer's chat template; `plain`: the template is the whole prompt."""
     max_prompt_tokens: int = 1536

@@ -15,6 +15,19 @@ from megatron_pz.errors import CorpusError
 from megatron_pz.types import Paragraph, Tokenizer
 
 
+def read_texts(path: str, config: Config) -> tuple[Sequence[Paragraph], dict[str, int]]:
+    """All that `path` holds, and how many were read and left out; it wants no tokenizer.
+
+    Raises:
+        CorpusError: the file cannot be read.
+    """
+    if is_store(path):
+        store = CorpusStore(path)
+        return store, {"read": len(store)}
+    read_file = read_questions if config.task.task == "rlvr" else read_paragraphs
+    return read_file(path, skip_bad_lines=config.corpus.skip_bad_lines)
+
+
 def read_playable(
     path: str, config: Config, tokenizer: Tokenizer, prompt_ids: Callable[[str], Sequence[int]]
 ) -> tuple[Sequence[Paragraph], dict[str, int]]:
@@ -26,10 +39,9 @@ def read_playable(
     Raises:
         CorpusError: the file cannot be read, or nothing of it can be played.
     """
-    if is_store(path):
-        return _of_store(CorpusStore(path), config, tokenizer, prompt_ids)
-    read_file = read_questions if config.task.task == "rlvr" else read_paragraphs
-    found, read = read_file(path, skip_bad_lines=config.corpus.skip_bad_lines)
+    found, read = read_texts(path, config)
+    if isinstance(found, CorpusStore):
+        return _of_store(found, config, tokenizer, prompt_ids)
     try:
         kept, selected = select(
             found,

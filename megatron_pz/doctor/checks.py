@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_pz.config.rules import GAMES, validate
-from megatron_pz.corpus.playable import longest
+from megatron_pz.corpus.playable import longest, read_texts
 from megatron_pz.corpus.tokenizer import HFTokenizer, check_vocab
 from megatron_pz.doctor.patient import Patient
 from megatron_pz.engine.sglang.fleet import refuse_taken
 from megatron_pz.engine.sglang.specs import server_urls
 from megatron_pz.engine.sglang.versions import check_version, installed_version
-from megatron_pz.errors import EngineError
+from megatron_pz.errors import CorpusError, EngineError, MegatronPZError
 
 GIB = 1024**3
 Check = Callable[[Patient], Iterator[str]]
@@ -99,6 +99,16 @@ def stop_tokens(patient: Patient) -> Iterator[str]:
 def corpus(patient: Patient) -> Iterator[str]:
     """The corpus can be read, and a step does not play a paragraph twice."""
     config = patient.config
+    try:
+        _ = patient.task
+    except MegatronPZError:  # told by its own check; the texts' faults are another matter
+        for flag, path in (("--data-path", config.corpus.data_path), ("--held-out-path", config.corpus.held_out_path)):
+            try:
+                if path:
+                    read_texts(path, config)
+            except CorpusError as error:
+                yield f"{flag}: {error}"
+        return
     over = config.engine.over_sampling if config.engine.stragglers != "wait" else 0.0
     wanted = -int(-config.task.paragraphs_per_step * (1 + over) // 1)
     if (found := len(patient.paragraphs)) < wanted:

@@ -1,7 +1,4 @@
-"""Every fault of a run before it begins.
-
-python -m megatron_pz doctor CONFIG.toml [--world-size N] [--platform cuda] [--gpu-memory-gib G] [--flag value ...]
-"""
+"""Every fault of a run before it begins: `python -m megatron_pz doctor CONFIG.toml`."""
 
 from __future__ import annotations
 
@@ -16,6 +13,9 @@ from megatron_pz.doctor.checks import LIGHT, WHOLE, Check
 from megatron_pz.doctor.patient import Patient
 from megatron_pz.errors import MegatronPZError
 from megatron_pz.platform.versions import check_versions
+
+USAGE = """\
+python -m megatron_pz doctor CONFIG.toml [--world-size N] [--platform cuda] [--gpu-memory-gib G] [--flag value ...]"""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,16 @@ def examine(patient: Patient, checks: Mapping[str, Check]) -> list[Fault]:
 
 def main(argv: Sequence[str]) -> int:
     """Tell every fault on standard output; 0: there is none, 2: there are some."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_pz doctor", usage=__doc__, allow_abbrev=False)
-    parser.add_argument("--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")))
-    parser.add_argument("--platform", choices=("cuda", "cpu"), default=None)
-    parser.add_argument("--gpu-memory-gib", type=float, default=0.0)
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_pz doctor", description=__doc__, usage=USAGE, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), help="ranks that will train (1)"
+    )
+    parser.add_argument(
+        "--platform", choices=("cuda", "cpu"), default=None, help="where they will (as found on this machine)"
+    )
+    parser.add_argument("--gpu-memory-gib", type=float, default=0.0, help="of a GPU (the planner's assumption)")
     own, rest = parser.parse_known_args(list(argv))
     faults: list[Fault] = []
     checks = dict(LIGHT)
@@ -67,5 +73,5 @@ def main(argv: Sequence[str]) -> int:
         faults += examine(Patient(config, own.world_size, platform, own.gpu_memory_gib), checks)
     for fault in faults:
         sys.stdout.write(f"{fault.thing}: {fault.told}\n")
-    sys.stdout.write(f"{len(faults)} faults\n" if faults else "no fault found\n")
+    sys.stdout.write(f"{len(faults)} fault{'s' if len(faults) > 1 else ''}\n" if faults else "no fault found\n")
     return 2 if faults else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -63,12 +64,23 @@ def draw_metrics(rows: Sequence[Mapping[str, float]], names: Sequence[str], path
     _save(figure, path)
 
 
-def _figure(size: tuple[float, float]) -> Figure:
+def need_matplotlib() -> type[Figure]:
+    """Its class of figures; asked for first by what draws after hours.
+
+    Raises:
+        ReportError: it is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ReportError('A figure needs matplotlib: pip install "megatron_pz[plots]".') from error
-    return Figure(figsize=size, layout="constrained")
+        raise ReportError(
+            f'A figure needs matplotlib, which is not installed: {sys.executable} -m pip install "megatron_pz[plots]".'
+        ) from error
+    return Figure
+
+
+def _figure(size: tuple[float, float]) -> Figure:
+    return need_matplotlib()(figsize=size, layout="constrained")
 
 
 def _save(figure: Figure, path: Path) -> None:

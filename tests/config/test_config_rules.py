@@ -153,7 +153,7 @@ def test_a_layout_that_fits_passes(fields, world_size):
             r"'continue' under entropy_ntp",
         ),
         ({"task": "sft", "answer_weight": 0.0}, r"answer_weight and task\.prompt_weight are both 0"),
-        ({"optimizer": {"lr": 1e-3}}, r"optimizer\.lr is set twice over.*train\.lr"),
+        ({"optimizer": {"lr": 1e-3}}, r"optimizer\.lr has a place of its own, train\.lr.*--lr\)"),
     ],
 )
 def test_a_fault_is_named_with_its_value(fields, message):

@@ -69,8 +69,8 @@ def test_all_faults_are_told_at_once_and_the_status_is_2(healthy, capsys, tmp_pa
     flags = ["--temperature", "0", "--template-dir", str(tmp_path / "none"), "--data-path", str(tmp_path / "no.jsonl")]
     assert doctor.main([*healthy, *flags, "--world-size", "2"]) == 2
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in lines[:-1]] == ["settings", "templates"], lines
-    assert lines[-1] == "2 faults"
+    assert [line.partition(":")[0] for line in lines[:-1]] == ["settings", "templates", "corpus"], lines
+    assert lines[-1] == "3 faults"
 
 
 def test_a_layout_that_does_not_divide_the_ranks(healthy):
@@ -117,6 +117,18 @@ def test_a_corpus_that_cannot_be_read(healthy, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text("no JSON\n")
     one(told(healthy, "--data-path", bad), "corpus", "bad.jsonl:1")
+
+
+@pytest.mark.parametrize("unreadable", [{"--template-dir": "none"}, {"--tokenizer": "none"}], ids=str)
+def test_texts_are_examined_where_what_plays_them_is_at_fault(healthy, tmp_path, unreadable):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("no JSON\n")
+    (flag, name), texts = *unreadable.items(), ["--data-path", tmp_path / "no.jsonl", "--held-out-path", bad]
+    faults = told(healthy, flag, tmp_path / name, *texts)
+    of_texts = [fault for thing, fault in faults if thing == "corpus"]
+    assert len(faults) == 3 and len(of_texts) == 2, faults
+    assert of_texts[0].startswith("--data-path: There is no file") and "no.jsonl" in of_texts[0]
+    assert of_texts[1].startswith("--held-out-path: ") and "bad.jsonl:1" in of_texts[1]
 
 
 def test_a_corpus_shorter_than_a_step(healthy):
@@ -187,7 +199,7 @@ def test_versions_out_of_range(healthy, capsys, monkeypatch):
     monkeypatch.setattr(versions, "installed", lambda: found)
     assert doctor.main([*healthy, "--world-size", "2"]) == 2
     out = capsys.readouterr().out
-    assert out.startswith("versions: ") and "transformers is 4.0" in out and out.endswith("1 faults\n")
+    assert out.startswith("versions: ") and "transformers is 4.0" in out and out.endswith("\n1 fault\n")
 
 
 def test_a_setting_that_does_not_exist(healthy, capsys):

@@ -58,6 +58,17 @@ def test_several_nodes_are_told_where_they_stand_by_slurm_or_by_the_user():
     assert "is_host=0 --local-addr 10.0.0.2" in task
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_dry_run_by_torchrun_trains_nothing(script):
+    """Its ranks run the Python half, which no line of launch.sh stands before."""
+    ranks = {"RANK": "0", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
+    done = started([sys.executable, script, "--lr", "1e-6"], DRY_RUN="1", **ranks)
+    config = script.with_name("pretrain_zero_30b_2node.toml" if script == BIG else f"{script.stem}.toml")
+    assert (done.returncode, done.stdout) == (0, f"16 ranks: -m megatron_pz {config} --lr 1e-6\n"), done.stderr
+    silent = started([sys.executable, script], DRY_RUN="1", **ranks | {"RANK": "1"})
+    assert (silent.returncode, silent.stdout) == (0, ""), silent.stderr
+
+
 @pytest.mark.parametrize(
     "way",
     [

@@ -75,3 +75,11 @@ def test_a_slip_in_any_variant_is_told_before_the_first_run(tmp_path):
     )
     done = compare(tmp_path, PLAN.replace("seeds", "seed"))
     assert done.returncode == 2 and "unknown key 'seed'" in done.stderr
+
+
+def test_missing_matplotlib_is_told_before_the_first_run(tmp_path, monkeypatch):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('none here')\n", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    done = compare(tmp_path, PLAN)
+    assert done.returncode == 2 and "run 1 of" not in done.stdout and not (tmp_path / "out").exists()
+    assert f'{sys.executable} -m pip install "megatron_pz[plots]"' in done.stderr
