@@ -27,8 +27,9 @@ def resolve_folder(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        why = " ".join(str(error).split("\n", 1)[0].split())  # the hub writes on; a fault is a line
         raise ModelError(
-            f"model {str(name)!r} is no folder here and could not be fetched ({type(error).__name__}: {error}); "
+            f"model {str(name)!r} is no folder here and could not be fetched ({type(error).__name__}: {why}); "
             "give the path of a downloaded folder."
         ) from error
 

@@ -202,3 +202,15 @@ def test_a_folder_that_is_not_there_is_an_error_with_a_way_out(tmp_path):
 def test_a_value_of_another_type_is_named_before_megatron_sees_it(table, message):
     with pytest.raises(ConfigError, match=message):
         settings(HF, Config(transformer=table))
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
+    def refuse(name, **_):
+        raise OSError("no way out\n\nMany words about the hub.")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(ModelError) as caught:
+        resolve_folder("Qwen/Qwen3-4B-Base")
+    assert str(caught.value).endswith(
+        "could not be fetched (OSError: no way out); give the path of a downloaded folder."
+    )
