@@ -308,5 +308,5 @@ def test_what_cannot_be_shown_or_written_is_told(tmp_path):
 
 def test_without_a_browser_the_way_to_get_one_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", os.devnull)
-    with pytest.raises(AssertionError, match="apt-get install -y --no-install-recommends chromium"):
+    with pytest.raises(pytest.skip.Exception, match="apt-get install -y --no-install-recommends chromium"):
         Chromium(tmp_path)
