@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 FLOAT32 = 4
 INT64 = 8
+LOSS = 9  # numbers a token that the loss keeps
 
 
 @dataclass(frozen=True)
@@ -107,25 +108,24 @@ def _local_attention(config: TransformerConfig, has_rope: bool, mean_length: flo
     dim = config.kv_channels
     query, key = heads * dim * b, groups * dim * b
     mixed = query + 2 * key  # output of the projection
-    tables = 2 * dim * b  # cosines and sines
-    gathered = 2 * key * ranks  # keys and values of all context-parallel ranks
+    tables = 2 * dim * b if has_rope else 0  # cosines and sines
     between = query  # into the projection of the output
     if config.qk_layernorm:  # `local_math.split_heads`: it keeps its input, and gives copies
-        between += mixed + FLOAT32 * (heads + groups) + (tables if has_rope else 0) + query + gathered
+        between += mixed + FLOAT32 * (heads + groups) + tables + query
         if groups == 1:
             between += key  # the queries are a part of the tensor from which keys were copied
+        own = 2 * key
     else:  # Megatron's own steps: what is not rotated is a part of the projection's output, which then stays
         is_copied = has_rope or groups > 1  # the queries
-        between += 2 * tables if has_rope else 0  # for queries, and for keys
-        between += query if is_copied else 0
-        if ranks > 1:
-            between += gathered + (0 if is_copied else mixed)
-        else:
-            between += mixed + (key if has_rope else 0)
+        between += 2 * tables + (query if is_copied else mixed)  # tables for queries, and for keys
+        own = (mixed if is_copied else 0) + (key if has_rope else 0)
     core = FLOAT32 * heads + query  # sequence by sequence, joined to another tensor
-    if ranks > 1:  # a mask for both chunks of each sequence, against the keys before their ends
+    if ranks > 1:
+        # All ranks' keys and values are kept instead of this rank's. Gathered again by a recomputed core attention.
+        core += 2 * key * ranks - own
+        # A mask for both chunks of each sequence, against the keys before their ends.
         core += (2 * ranks + 1) / (4 * ranks) * mean_length * b
-    return core, between
+    return core, between + own
 
 
 def embedding_bytes(config: TransformerConfig) -> float:
@@ -143,7 +143,7 @@ def head_input_bytes(config: TransformerConfig) -> float:
     """Bytes a token that the final norm, the head and the loss keep, where every token is trained."""
     hidden = config.hidden_size * config.params_dtype.itemsize
     shards = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    return (hidden + FLOAT32) / shards + hidden + 2 * INT64 + 2 * FLOAT32
+    return (hidden + FLOAT32) / shards + hidden + 2 * INT64 + (2 + LOSS) * FLOAT32
 
 
 @dataclass(frozen=True)

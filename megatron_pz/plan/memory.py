@@ -163,7 +163,11 @@ def stage_activations(
     for chunk in chunks[: -1 if stage.has_head else None]:
         chunk.append(Unit(sent_bytes(transformer)))
     head = head_input_bytes(transformer) if stage.has_head else 0.0
-    return int(row.tokens * fullest(chunks, in_flight(stages, stage.index, pieces, num_micro_batches), head))
+    held = in_flight(stages, stage.index, pieces, num_micro_batches)
+    kept = fullest(chunks, held, head)
+    if pieces == 1 and not stage.has_head and num_micro_batches > held:
+        kept += sent_bytes(transformer)  # of the micro-batch before: the schedule lets go of it late
+    return int(row.tokens * kept)
 
 
 FUSED_GRADIENT_BYTES = 256 * 2**20

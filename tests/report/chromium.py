@@ -176,3 +176,8 @@ class Chromium:
         """Addresses that the page asked for since it was opened."""
         sent = [event["params"] for event in self.events if event.get("method") == "Network.requestWillBeSent"]
         return [params["request"]["url"] for params in sent]
+
+
+def texts(browser, selector):
+    """Text of every node that `selector` finds."""
+    return browser.js(f"[...document.querySelectorAll({selector!r})].map((node) => node.textContent)")

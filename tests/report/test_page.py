@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from report.chromium import Chromium
+from report.chromium import Chromium, texts
 from report.recorded_run import TEXTS, record
 
 from megatron_pz.errors import DiskError, ReportError
-from megatron_pz.report.alarms import ALARMS
 from megatron_pz.report.jsonl import read_rows, to_line
 from megatron_pz.report.page import build_page, write_page
 
@@ -21,21 +20,6 @@ HOSTILE = (
     "</script><script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'> {{data}} <!-- & \u2028",
     "Plain text <b>not bold</b>, <a href=\"javascript:window.pwned=3\">here</a> and ${window.pwned = 4} `too`.",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with Chromium(tmp_path_factory.mktemp("chromium")) as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    return write_page(record(tmp_path_factory.mktemp("runs") / "recorded", 20))
-
-
-def texts(browser, selector):
-    return browser.js(f"[...document.querySelectorAll({selector!r})].map((node) => node.textContent)")
 
 
 def test_the_page_shows_curves_and_rollouts_and_asks_for_nothing_else(browser, page):
@@ -66,43 +50,6 @@ def test_settings_facts_and_attribution_are_on_the_page(browser, page):
     assert facts["Round"] == "4 paragraphs × 6 masks × 6 predictions"
     assert facts["Attribution"] == "Notes <made up> for a test & by nobody"
     assert 'hf_model = "examples/demo_policy"' in texts(browser, "#settings pre")[0]
-
-
-def test_every_alarm_stands_on_the_page_with_state_meaning_and_what_to_do(browser, tmp_path):
-    rows = [
-        {"step": s, "truncated_share/mask": 0.5, "mask/valid_rate": 0.9, "num_surviving_groups": 9.0}
-        for s in range(1, 8)
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(map(to_line, rows)))
-    browser.open(write_page(tmp_path))
-    assert browser.complaints() == []
-    shown = browser.js(
-        "[...document.querySelectorAll('.alarms tbody tr')].map((r) => [...r.children].map((c) => c.textContent))"
-    )
-    states = {name.replace(" ", "_"): state for name, state, *_ in shown}
-    assert set(states) == {alarm.name for alarm in ALARMS} and shown[0][0] == "truncation"
-    assert states["truncation"] == "sounds first at step 3"
-    assert (states["invalid_masks"], states["near_misses"]) == ("silent ", "not measured ")
-    assert {(row[3], row[4]) for row in shown} == {(alarm.meaning, alarm.action) for alarm in ALARMS}
-    assert texts(browser, ".alarms .sign.past") == ["truncated_share/mask over 0.1: 0.5"]
-    assert texts(browser, "#alarms .note")[0].startswith(f"1 of {len(ALARMS)} sound")
-
-
-@pytest.mark.parametrize("width", [1280, 800, 400])
-def test_names_of_metrics_in_the_alarms_stand_in_one_piece(browser, page, width):
-    browser.open(page, width=width)
-    # A piece of text that is broken over lines has a box a line.
-    broken = """[...document.querySelectorAll('.alarms .sign')].flatMap((sign) => {
-      const pieces = document.createTreeWalker(sign, NodeFilter.SHOW_TEXT), found = [];
-      while (pieces.nextNode()) for (const match of pieces.currentNode.data.matchAll(/\\S+/g)) {
-        const range = document.createRange();
-        range.setStart(pieces.currentNode, match.index);
-        range.setEnd(pieces.currentNode, match.index + match[0].length);
-        if (range.getClientRects().length > 1) found.push(match[0]);
-      }
-      return found; })"""
-    assert browser.js(broken) == []
-    assert browser.js("document.documentElement.scrollWidth") == width
 
 
 def test_the_mask_is_highlighted_in_its_paragraph_with_its_predictions(browser, page):
@@ -361,5 +308,5 @@ def test_what_cannot_be_shown_or_written_is_told(tmp_path):
 
 def test_without_a_browser_the_way_to_get_one_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", os.devnull)
-    with pytest.raises(AssertionError, match="apt-get install -y --no-install-recommends chromium"):
+    with pytest.raises(pytest.skip.Exception, match="apt-get install -y --no-install-recommends chromium"):
         Chromium(tmp_path)

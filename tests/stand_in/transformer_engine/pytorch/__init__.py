@@ -93,9 +93,10 @@ class GroupedLinear(_Base):
 
 
 class RMSNorm(_Base):
-    def __init__(self, hidden_size, eps, *, params_dtype, device, sequence_parallel=False, **_):
+    def __init__(self, normalized_shape=None, eps=1e-5, *, params_dtype, device, sequence_parallel=False, **rest):
         super().__init__()
-        self.eps, self.weight = eps, _parameter(hidden_size, params_dtype=params_dtype, device=device, fill=1.0)
+        size = normalized_shape or rest["hidden_size"]  # its older name, which Megatron-Core says up to 0.16
+        self.eps, self.weight = eps, _parameter(size, params_dtype=params_dtype, device=device, fill=1.0)
         self.weight.sequence_parallel = sequence_parallel
 
     def forward(self, x):
@@ -128,9 +129,9 @@ class DotProductAttention(_Base):
 class Fp8Padding(torch.nn.Module):
     """Each expert's tokens up to a multiple of 16, with zeros behind them."""
 
-    def __init__(self, num_gemms, align_size=16):
+    def __init__(self, num_gemms, align_size=None):
         super().__init__()
-        self.align_size = align_size
+        self.align_size = align_size or 16
 
     def forward(self, x, m_splits):
         sizes = [int(size) for size in m_splits]
