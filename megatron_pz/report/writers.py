@@ -97,8 +97,8 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, step: int = 0) -> None:
-        # Runs of one process within a second are told apart by the number.
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_FILES)}"
+        # Runs of one process within a second are told apart by the number. TensorBoard reads files in the order of their names.
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_FILES):06d}"
         self._path = folder / name
         try:
             folder.mkdir(parents=True, exist_ok=True)

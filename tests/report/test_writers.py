@@ -1,5 +1,6 @@
 """All records of a run at once: JSON lines, TensorBoard read back by TensorBoard, Weights & Biases only when asked."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_pz.errors import ConfigError, DiskError, ReportError
+from megatron_pz.report import writers
 from megatron_pz.report.writers import RunWriter
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +66,8 @@ def test_an_unknown_metric_is_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
-def test_a_continued_run_has_each_step_once(tmp_path):
+def test_a_continued_run_has_each_step_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(writers, "_FILES", itertools.count(9))  # names of one second are sorted as text
     for start, last in ((0, 5), (3, 6)):  # killed after step 5, its last checkpoint is of step 3
         writer = RunWriter(tmp_path, start)
         for step in range(start + 1, last + 1):
