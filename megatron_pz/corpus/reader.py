@@ -73,7 +73,9 @@ def _files(root: Path) -> list[Path]:
             raise CorpusError(f"The folder {root} holds no *.jsonl file. Put the text there, one JSON object a line.")
         return files
     if not root.is_file():
-        raise CorpusError(f"There is no file or folder {root}. Set --data-path to a JSONL file or a folder of them.")
+        raise CorpusError(
+            f"There is no file or folder {root}. Name a JSONL file or a folder of them (--data-path, --held-out-path)."
+        )
     return [root]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_pz.errors import ConfigError
+from megatron_pz.errors import ConfigError, pip_install
 
 TAIL_CHARS = 3000
 
@@ -21,7 +21,7 @@ def equal(answer: str, target: str) -> bool:
         from math_verify import parse, verify
     except ImportError as error:
         raise ConfigError(
-            'The package math-verify is not installed, which grades mathematics here: pip install "megatron_pz[evaluate]".'
+            f"The package math-verify is not installed, which grades mathematics here: {pip_install('megatron_pz[evaluate]')}"
         ) from error
     # Its own time limits are off (alarms work in one thread only): the judge's process is ended from outside.
     wanted = parse(f"\\boxed{{{target}}}", parsing_timeout=None, raise_on_error=False)

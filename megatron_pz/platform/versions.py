@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from megatron_pz.errors import VersionError
+from megatron_pz.errors import VersionError, pip_install
 
 PYTHON = "Python"
 SUPPORTED: Mapping[str, str] = {
@@ -43,8 +43,8 @@ def check_versions(found: Mapping[str, str | None] | None = None) -> None:
     ways = (
         ["make an environment with Python 3.11 or 3.12 (PYTHON=python3.11 make demo does)"] if PYTHON in wrong else []
     )
-    if packages := [f"'{name}{SUPPORTED[name]}'" for name in wrong if name != PYTHON]:
-        ways.append(f"run `python -m pip install {' '.join(packages)}`")
+    if packages := [f"{name}{SUPPORTED[name]}" for name in wrong if name != PYTHON]:
+        ways.append(f"run `{pip_install(*packages)}`")
     raise VersionError(f"This environment is not one that megatron_pz supports: {told}. Please {' and '.join(ways)}.")
 
 

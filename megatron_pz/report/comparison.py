@@ -3,7 +3,8 @@
 1. Cost is tokens through the policy since the run began: those sampled and those trained on, prompts and padding included.
 2. All runs are read at their last evaluation within the budget: what the cheapest of them had spent at its own last one.
 3. Intervals are over questions (each question's score is the mean over its samples and seeds), so that answers to one question
-   do not count as independent; the spread over seeds is told beside them.
+   do not count as independent; the spread over seeds is told beside them. A gain is over the questions whose prompts are the
+   same (a variant's templates or `mask_validity` may make others of them).
 4. Where one variant is paid for format alone, what the others gain over it, question by question, is their gain beyond format.
 5. Variants can be left out of the budget: that one (when all its answers can be read its groups are dropped, and it costs little)
    and one that learns nothing, whose accuracy no step changes. Their last evaluation within the budget counts.
@@ -23,6 +24,9 @@ from megatron_pz.report.jsonl import EVAL_FILE, METRICS_FILE, read_rows
 
 Z = 1.96
 """Standard errors on each side of a 95% interval."""
+
+Question = tuple[str, str | None]
+"""Its mask_id and the prompt that asks it."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,9 @@ class Row:
     lowest: float  # of a seed
     highest: float
     interval: float  # half a 95% interval of `after`, over questions
-    gain: float | None  # over the reference, same questions; None: this is it
+    gain: float | None  # over the reference, same questions; None: this is it, or no question is alike
     gain_interval: float | None
+    unlike: int = 0  # questions that the reference was asked in other words
     beyond_format: float | None = (
         None  # over the variant that is paid for format alone; None: this is it, or there is none
     )
@@ -154,8 +159,13 @@ def markdown(rows: Sequence[Row], spent: float, questions: str, unbudgeted: Coll
         lines.append(
             f"| {row.variant} | {row.num_seeds} | {row.steps:.0f} | {_count(row.generated)} | {_count(row.packed)} | "
             f"{row.seconds / 60:.1f} | {row.before:.1%} | {row.after:.1%} ± {100 * row.interval:.1f} | "
-            f"{row.lowest:.1%} to {row.highest:.1%} | {gain or 'reference'} |{beyond}"
+            f"{row.lowest:.1%} to {row.highest:.1%} | {gain or ('no question alike' if row.unlike else 'reference')} |{beyond}"
         )
+    lines += [
+        f"\n{row.unlike} questions were asked of {row.variant} in other words than of the reference: its gain leaves them out."
+        for row in rows
+        if row.unlike
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -163,7 +173,7 @@ def _row(
     variant: str,
     runs: Sequence[Run],
     spent: float,
-    scores: Mapping[str, Mapping[str, float]],
+    scores: Mapping[str, Mapping[Question, float]],
     reference: str,
     format_control: str | None,
 ) -> Row:
@@ -185,19 +195,22 @@ def _row(
         interval=half_interval(list(scores[variant].values())),
         gain=gain,
         gain_interval=gain_interval,
+        unlike=len(scores[variant].keys() - scores[reference].keys()),
         beyond_format=beyond,
         beyond_format_interval=beyond_interval,
     )
 
 
 def _over(
-    variant: str, other: str | None, scores: Mapping[str, Mapping[str, float]]
+    variant: str, other: str | None, scores: Mapping[str, Mapping[Question, float]]
 ) -> tuple[float, float] | tuple[None, None]:
-    """Mean difference of `variant` over `other` on the same questions, and half its interval; None for itself and for none."""
+    """Mean difference of `variant` over `other` on the same questions, and half its interval; None for itself and without any."""
     if other is None or variant == other:
         return None, None
     own, base = scores[variant], scores[other]
     differences = [own[question] - base[question] for question in own.keys() & base.keys()]
+    if not differences:
+        return None, None
     return fmean(differences), half_interval(differences)
 
 
@@ -218,15 +231,15 @@ def half_interval(values: Sequence[float]) -> float:
     return Z * math.sqrt(variance / len(values))
 
 
-def _question_scores(runs: Sequence[Run], spent: float, questions: str) -> dict[str, float]:
+def _question_scores(runs: Sequence[Run], spent: float, questions: str) -> dict[Question, float]:
     """Mean score of each question over the samples of all `runs`."""
-    found: dict[str, list[float]] = {}
+    found: dict[Question, list[float]] = {}
     for run in runs:
         step = run.at(spent).step
-        last: dict[str, list[float]] = {}
+        last: dict[Question, list[float]] = {}
         for row in read_rows(run.folder / EVAL_FILE):
             if row["step"] == step and row["set"] == questions:
-                last.setdefault(row["mask_id"], []).append(float(row["reward"]))
+                last.setdefault((row["mask_id"], row.get("prompt")), []).append(float(row["reward"]))
         for question, scores in last.items():
             found.setdefault(question, []).append(fmean(scores))
     return {question: fmean(scores) for question, scores in found.items()}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from megatron_pz.errors import ReportError
+from megatron_pz.errors import ReportError, pip_install
 from megatron_pz.report.comparison import Run
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def need_matplotlib() -> type[Figure]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ReportError(
-            f'A figure needs matplotlib, which is not installed: {sys.executable} -m pip install "megatron_pz[plots]".'
+            f"A figure needs matplotlib, which is not installed: {pip_install('megatron_pz[plots]')}"
         ) from error
     return Figure
 

@@ -18,7 +18,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from megatron_pz.errors import ConfigError, DiskError
+from megatron_pz.errors import ConfigError, DiskError, pip_install
 from megatron_pz.report.jsonl import EVAL_FILE, METRICS_FILE, ROLLOUTS_FILE, JsonLines, cut_after
 from megatron_pz.report.metrics import check
 
@@ -167,5 +167,5 @@ def _import_wandb(project: str) -> ModuleType:
     except ImportError as error:
         raise ConfigError(
             f"report.wandb_project is {project!r} and wandb is not installed. "
-            "Run `pip install wandb`, or leave --wandb-project empty: metrics.jsonl and TensorBoard hold the same."
+            f"Run `{pip_install('wandb')}`, or leave --wandb-project empty: metrics.jsonl and TensorBoard hold the same."
         ) from error

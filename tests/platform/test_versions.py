@@ -85,7 +85,7 @@ def test_a_run_says_one_line_and_imports_nothing_else(old_transformers):
     (line,) = done.stderr.splitlines()
     assert line.startswith("VersionError: ")
     assert (
-        "transformers is 4.57.1, wanted is >=5.19,<6. Please run `python -m pip install 'transformers>=5.19,<6'`."
+        f"transformers is 4.57.1, wanted is >=5.19,<6. Please run `{sys.executable} -m pip install 'transformers>=5.19,<6'`."
         in line
     )
 

@@ -10,7 +10,7 @@ from megatron_pz.report.comparison import budget, compare, half_interval, markdo
 from megatron_pz.report.figure import draw, interpolated
 
 
-def write_run(folder, *, tokens, scores, held_out=False):
+def write_run(folder, *, tokens, scores, prompts=("A [mask].", "B [mask].")):
     """A run that scores every second step; `scores[i]` are the rewards of questions a, b at evaluation i."""
     folder.mkdir(parents=True)
     metrics, answers = [], []
@@ -22,8 +22,8 @@ def write_run(folder, *, tokens, scores, held_out=False):
         metrics.append({"step": step, **spent, "time/eval_s": 10.0 if step else 0.0})
         metrics[-1]["eval/fixed_masks/accuracy"] = sum(rewards) / len(rewards)
         answers += [
-            {"step": step, "set": "fixed_masks", "mask_id": f"q.{name}", "reward": reward}
-            for name, reward in zip("ab", rewards, strict=True)
+            {"step": step, "set": "fixed_masks", "mask_id": f"q.{name}", "prompt": prompt, "reward": reward}
+            for name, prompt, reward in zip("ab", prompts, rewards, strict=True)
         ]
     for name, rows in (("metrics.jsonl", metrics), ("eval.jsonl", answers)):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -90,6 +90,20 @@ def test_what_is_gained_beyond_format_is_told_where_one_is_paid_for_format_alone
     assert compare(runs, "dear", format_control="cheap", unbudgeted={"cheap"})[0].steps == 4
     with pytest.raises(ReportError, match="reference is 'form'"):
         compare(runs, "cheap", format_control="form")
+
+
+def test_questions_in_other_words_are_no_part_of_a_gain_and_are_counted(runs, tmp_path):
+    other = write_run(tmp_path / "other", tokens=5.0, scores=[(1, 1)] * 3, prompts=("A [mask].", "[mask] b [mask]."))
+    rows = compare([*runs, read_run("other", 0, other)], "cheap")
+    assert rows[2].after == 1.0 and rows[2].gain == 1.0  # a: 1 - 0; b is another question here
+    assert [row.unlike for row in rows] == [0, 0, 1]
+    text = markdown(rows, 80, "fixed_masks")
+    assert text.endswith(
+        "\n\n1 questions were asked of other in other words than of the reference: its gain leaves them out.\n"
+    )
+    strange = write_run(tmp_path / "strange", tokens=5.0, scores=[(1, 1)] * 3, prompts=("C", "D"))
+    rows = compare([*runs, read_run("strange", 0, strange)], "cheap")
+    assert rows[2].gain is None and "| no question alike |" in markdown(rows, 80, "fixed_masks")
 
 
 def test_a_reference_that_is_not_there_and_a_run_without_evaluations_are_named(runs, tmp_path):

@@ -102,7 +102,7 @@ def test_wandb_is_asked_for_only_when_wanted(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # Python's own way to say: not installed
     RunWriter(tmp_path, tensorboard=False).close()
     with pytest.raises(
-        ConfigError, match="wandb_project is 'zero' and wandb is not installed. Run `pip install wandb`"
+        ConfigError, match="wandb_project is 'zero' and wandb is not installed. Run `.* -m pip install wandb`"
     ):
         RunWriter(tmp_path, tensorboard=False, wandb_project="zero")
 

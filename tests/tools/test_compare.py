@@ -65,6 +65,26 @@ def test_variants_are_run_from_one_policy_and_put_into_one_table(tmp_path):
     assert (out / "comparison.json").read_bytes() == before
 
 
+@pytest.mark.timeout(300)
+def test_runs_side_by_side_give_the_same_table(tmp_path):
+    done = compare(tmp_path, PLAN, "--jobs", "2")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    assert done.stdout.endswith((out / "comparison.md").read_text(encoding="utf-8")) and "step 1/2" not in done.stdout
+    assert "step 1/2" in (out / "pretrain_zero" / "seed_1.log").read_text(encoding="utf-8")
+    record = json.loads((out / "comparison.json").read_text(encoding="utf-8"))
+    assert [row["variant"] for row in record["fixed_masks"]["rows"]] == ["pretrain_zero", "paid_for_format", "control"]
+
+
+def test_a_run_that_fails_ends_the_comparison(tmp_path):
+    done = compare(tmp_path, PLAN, "--jobs", "2", "--hf-model", str(tmp_path / "none"))
+    assert done.returncode == 1 and "run 3 of 3" not in done.stdout
+    assert done.stderr.startswith("failed with 2: ") and "--run-dir" in done.stderr
+    assert "ModelError" in (tmp_path / "out" / "pretrain_zero" / "seed_1.log").read_text(encoding="utf-8")
+    done = compare(tmp_path, PLAN, "--jobs", "0")
+    assert done.returncode == 2 and "--jobs is 0; it must be at least 1" in done.stderr
+
+
 def test_a_slip_in_any_variant_is_told_before_the_first_run(tmp_path):
     done = compare(tmp_path, PLAN + "lrr = 1\n")
     assert done.returncode == 2 and "--lrr" in done.stderr and not (tmp_path / "out").exists()
@@ -82,4 +102,4 @@ def test_missing_matplotlib_is_told_before_the_first_run(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     done = compare(tmp_path, PLAN)
     assert done.returncode == 2 and "run 1 of" not in done.stdout and not (tmp_path / "out").exists()
-    assert f'{sys.executable} -m pip install "megatron_pz[plots]"' in done.stderr
+    assert f"{sys.executable} -m pip install 'megatron_pz[plots]'" in done.stderr

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_pz.errors import ConfigError, CorpusError
+from megatron_pz.errors import ConfigError, CorpusError, pip_install
 from megatron_pz.evaluate.suites.formats import Question, to_question
 from megatron_pz.evaluate.suites.table import SUITES, Suite
 
@@ -94,7 +94,7 @@ def _parquet_rows(file: Path) -> list[Mapping[str, Any]]:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise ConfigError(
-            f'{file} is Parquet, and the package pyarrow is not installed: pip install "megatron_pz[evaluate]".'
+            f"{file} is Parquet, and the package pyarrow is not installed: {pip_install('megatron_pz[evaluate]')}"
         ) from error
     rows: list[Mapping[str, Any]] = parquet.read_table(file).to_pylist()
     return rows
