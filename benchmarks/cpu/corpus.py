@@ -35,12 +35,9 @@ from wiki_dump import write_dump
 from megatron_pz.corpus import wikitext
 from megatron_pz.corpus.dump import decompressed, parse_page, raw_pages
 from megatron_pz.corpus.encoder import encoder_maker
-from megatron_pz.corpus.extract import Extractor, PrepareSettings
 from megatron_pz.corpus.ngrams import text_keys
 from megatron_pz.corpus.paragraphs import reject_reason
 from megatron_pz.corpus.quality import quality_reason
-from megatron_pz.corpus.workers import elsewhere
-from megatron_pz.types import Encoder
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "prepare_corpus.py"
@@ -74,7 +71,8 @@ def main() -> None:
         stages = by_stage(file)
         write_dump(given.leads, place / "short.xml.bz2", 0)
         facts["start"] = tool(place / "short.xml.bz2", place / "out", 1)
-        facts["worker"] = elsewhere(begun, encoder_maker(TOKENIZER))
+        begun = [sys.executable, str(Path(__file__).with_name("worker_start.py")), TOKENIZER]
+        facts["worker"] = json.loads(subprocess.run(begun, check=True, capture_output=True, cwd=ROOT).stdout)
     write(given.out, facts, rounds, stages)
 
 
@@ -104,13 +102,6 @@ def run(given: list[str]) -> dict[str, float]:
         time.sleep(0.05)
     assert process.wait() == 0, given
     return {"seconds": time.perf_counter() - start, "cpu": spent() - before, **held}
-
-
-def begun(make_encoder: Callable[[], Encoder]) -> dict[str, float]:
-    """CPU-seconds and memory of a worker that is ready for its first batch."""
-    Extractor(PrepareSettings(TOKENIZER), make_encoder).tokenizer.encode("The first call makes its tables.")
-    held = psutil.Process().memory_info()
-    return {"cpu": time.process_time(), "resident": float(held.rss), "anonymous": float(held.rss - held.shared)}
 
 
 def spent() -> float:
