@@ -76,7 +76,8 @@ class Row:
     interval: float  # half a 95% interval of `after`, over questions
     gain: float | None  # over the reference, same questions; None: this is it, or no question is alike
     gain_interval: float | None
-    unlike: int = 0  # questions that the reference was asked in other words
+    num_questions: int = 0  # of that gain
+    unlike: int = 0  # questions that the reference was not asked in the same words
     beyond_format: float | None = (
         None  # over the variant that is paid for format alone; None: this is it, or there is none
     )
@@ -104,6 +105,11 @@ def read_run(variant: str, seed: int, folder: Path, questions: str = "fixed_mask
             "Set --eval-interval, and --held-out-path for held_out."
         )
     return Run(variant, seed, folder, tuple(points))
+
+
+def last_step(folder: Path) -> int | None:
+    """Updates that the run in `folder` has done; None: it has no metrics yet."""
+    return max((int(row["step"]) for row in read_rows(folder / METRICS_FILE)), default=None)
 
 
 def budget(runs: Sequence[Run], unbudgeted: Collection[str] = ()) -> float:
@@ -154,7 +160,9 @@ def markdown(rows: Sequence[Row], spent: float, questions: str, unbudgeted: Coll
         "|---|---|---|---|---|---|---|---|---|---|" + "---|" * has_format,
     ]
     for row in rows:
-        gain = _points(row.gain, row.gain_interval)
+        gain = _points(row.gain, row.gain_interval) + f" ({row.num_questions} questions)" * bool(
+            row.unlike and row.num_questions
+        )
         beyond = f" {_points(row.beyond_format, row.beyond_format_interval)} |" if has_format else ""
         lines.append(
             f"| {row.variant} | {row.num_seeds} | {row.steps:.0f} | {_count(row.generated)} | {_count(row.packed)} | "
@@ -162,7 +170,7 @@ def markdown(rows: Sequence[Row], spent: float, questions: str, unbudgeted: Coll
             f"{row.lowest:.1%} to {row.highest:.1%} | {gain or ('no question alike' if row.unlike else 'reference')} |{beyond}"
         )
     lines += [
-        f"\n{row.unlike} questions were asked of {row.variant} in other words than of the reference: its gain leaves them out."
+        f"\n{row.variant}: {row.unlike} questions not put to the reference in the same words; its gain is over {row.num_questions}."
         for row in rows
         if row.unlike
     ]
@@ -195,6 +203,7 @@ def _row(
         interval=half_interval(list(scores[variant].values())),
         gain=gain,
         gain_interval=gain_interval,
+        num_questions=len(scores[variant].keys() & scores[reference].keys()),
         unlike=len(scores[variant].keys() - scores[reference].keys()),
         beyond_format=beyond,
         beyond_format_interval=beyond_interval,
@@ -242,6 +251,10 @@ def _question_scores(runs: Sequence[Run], spent: float, questions: str) -> dict[
                 last.setdefault((row["mask_id"], row.get("prompt")), []).append(float(row["reward"]))
         for question, scores in last.items():
             found.setdefault(question, []).append(fmean(scores))
+    if not found:
+        raise ReportError(
+            f"{runs[0].folder / EVAL_FILE} has no answers to {questions} at the evaluations that {METRICS_FILE} names."
+        )
     return {question: fmean(scores) for question, scores in found.items()}
 
 

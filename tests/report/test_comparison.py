@@ -98,9 +98,8 @@ def test_questions_in_other_words_are_no_part_of_a_gain_and_are_counted(runs, tm
     assert rows[2].after == 1.0 and rows[2].gain == 1.0  # a: 1 - 0; b is another question here
     assert [row.unlike for row in rows] == [0, 0, 1]
     text = markdown(rows, 80, "fixed_masks")
-    assert text.endswith(
-        "\n\n1 questions were asked of other in other words than of the reference: its gain leaves them out.\n"
-    )
+    assert "| +100.0 ± 0.0 (1 questions) |" in text
+    assert text.endswith("\n\nother: 1 questions not put to the reference in the same words; its gain is over 1.\n")
     strange = write_run(tmp_path / "strange", tokens=5.0, scores=[(1, 1)] * 3, prompts=("C", "D"))
     rows = compare([*runs, read_run("strange", 0, strange)], "cheap")
     assert rows[2].gain is None and "| no question alike |" in markdown(rows, 80, "fixed_masks")
@@ -109,6 +108,9 @@ def test_questions_in_other_words_are_no_part_of_a_gain_and_are_counted(runs, tm
 def test_a_reference_that_is_not_there_and_a_run_without_evaluations_are_named(runs, tmp_path):
     with pytest.raises(ReportError, match="reference is 'base'; it must be one of the variants: dear, cheap"):
         compare(runs, "base")
+    (runs[2].folder / "eval.jsonl").unlink()
+    with pytest.raises(ReportError, match=r"eval.jsonl has no answers to fixed_masks"):
+        compare(runs, "dear")
     with pytest.raises(ReportError, match="no eval/held_out/accuracy.*--held-out-path"):
         read_run("dear", 0, runs[0].folder, "held_out")
 

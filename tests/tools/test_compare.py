@@ -63,6 +63,10 @@ def test_variants_are_run_from_one_policy_and_put_into_one_table(tmp_path):
     before = (out / "comparison.json").read_bytes()
     assert compare(tmp_path, PLAN, "--no-run").returncode == 0
     assert (out / "comparison.json").read_bytes() == before
+    done = compare(tmp_path, PLAN.replace("[1]", "[1, 2]"), "--no-run", "--train-iters", "3")
+    assert (out / "comparison.json").read_bytes() == before  # of the runs that are there
+    assert "Not at their end: pretrain_zero, seed 1 (2 of 3 updates); " in done.stdout
+    assert "control, seed 1 (" not in done.stdout and "control, seed 2 (not begun)." in done.stdout
 
 
 @pytest.mark.timeout(300)
@@ -79,8 +83,11 @@ def test_runs_side_by_side_give_the_same_table(tmp_path):
 def test_a_run_that_fails_ends_the_comparison(tmp_path):
     done = compare(tmp_path, PLAN, "--jobs", "2", "--hf-model", str(tmp_path / "none"))
     assert done.returncode == 1 and "run 3 of 3" not in done.stdout
-    assert done.stderr.startswith("failed with 2: ") and "--run-dir" in done.stderr
+    log = tmp_path / "out" / "pretrain_zero" / "seed_1.log"
+    assert f"pretrain_zero, seed 1, failed with 2. What it printed is in {log}." in done.stderr
     assert "ModelError" in (tmp_path / "out" / "pretrain_zero" / "seed_1.log").read_text(encoding="utf-8")
+    done = compare(tmp_path, 'launch = "torchrun"\n' + PLAN, "--jobs", "2")
+    assert done.returncode == 2 and "has launch = 'torchrun'" in done.stderr
     done = compare(tmp_path, PLAN, "--jobs", "0")
     assert done.returncode == 2 and "--jobs is 0; it must be at least 1" in done.stderr
 
