@@ -60,13 +60,17 @@ MODELS = {
 }
 
 
-def make(name: str, folder: Path, dtype: torch.dtype = torch.float32, **save: Any) -> None:
+def make(
+    name: str, folder: Path, dtype: torch.dtype = torch.float32, *, hidden_size: int = SMALL["hidden_size"], **save: Any
+) -> None:
     """Write the model `name` into `folder`."""
     import transformers
 
     model = MODELS[name]
     torch.manual_seed(len(name))
-    config = getattr(transformers, f"{model.prefix}Config")(**(SMALL | {"rope_parameters": ROPE} | model.fields))
+    config = getattr(transformers, f"{model.prefix}Config")(
+        **(SMALL | {"hidden_size": hidden_size, "rope_parameters": ROPE} | model.fields)
+    )
     built = getattr(transformers, f"{model.prefix}ForCausalLM")(config)
     with torch.no_grad():
         for parameter in built.parameters():

@@ -57,7 +57,8 @@ def command(arm: str, seed: int, run_dir: Path, given: Any, on_gpu: bool) -> lis
             "--server-python",
             given.server_python,
         ]
-        flags += ["--params-dtype", "bfloat16"]
+    if on_gpu:
+        flags += ["--params-dtype", "bfloat16", "--log-prob-kernel", "auto"]
     return [sys.executable, "-m", "megatron_pz", given.config, *flags]
 
 

@@ -163,11 +163,11 @@ def compare(shape: tuple[int, int, int], rounds: int, device: torch.device) -> d
         "missing": missing,
         "sides": {},
     }
-    for name, figures in runs.items():
-        if not figures or name in missing:
+    for name, kept in runs.items():
+        if not kept or name in missing:
             continue
-        forward, backward = (statistics.median(values) for values in list(zip(*figures, strict=True))[:2])
-        seconds = [a + b for a, b, _ in figures]
+        forward, backward = (statistics.median(values) for values in list(zip(*kept, strict=True))[:2])
+        seconds = [a + b for a, b, _ in kept]
         operations = 6 * tokens * width * vocab_size  # what is needed; recomputation is not counted
         result["sides"][name] = {
             "forward_ms": forward * 1e3,
@@ -175,7 +175,7 @@ def compare(shape: tuple[int, int, int], rounds: int, device: torch.device) -> d
             "total_ms": statistics.median(seconds) * 1e3,
             "total_ms_range": [min(seconds) * 1e3, max(seconds) * 1e3],
             "tflops": operations / statistics.median(seconds) / 1e12,
-            "peak_mib": max(peak for *_, peak in figures) / 2**20,
+            "peak_mib": max(peak for _, _, peak in kept) / 2**20,
             "largest_error": (log_probs[name][:256].double() - exact).abs().max().item(),
         }
     return result

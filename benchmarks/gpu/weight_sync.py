@@ -133,7 +133,7 @@ def pushes(config: Config) -> dict[str, Any]:
     model = Path(config.model.hf_model)
     hf = read_hf_config(model)
     parallel = init_parallel(config.parallel, platform, 1)
-    engine = None
+    engine: Any = None  # of SGLang
     try:
         chunks = build_model(hf, config, platform, parallel)
         if config.model.init == "pretrained":

@@ -83,9 +83,14 @@ def row(platform: Platform) -> dict[str, Any]:
     }
 
 
+def make(name: str, folder: Path) -> None:
+    """Write the model `name` of `hf_models`, with heads of 16: kernels on a GPU take multiples of 8."""
+    hf_models.make(name, folder, hidden_size=SIZES["hidden_size"])
+
+
 def logits_error(platform: Platform, name: str, folder: Path, config: Config) -> float:
     """Of the logits beside those of `transformers` in float32, relative in norm."""
-    hf_models.make(name, folder)
+    make(name, folder)
     with alone(platform), torch.no_grad():
         model = built(platform, folder, config)
         model = model.bfloat16() if config.model.params_dtype == "bfloat16" else model

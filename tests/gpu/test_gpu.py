@@ -44,7 +44,7 @@ def test_logits_in_bfloat16_are_those_of_transformers(platform, impl, name, tmp_
 @pytest.mark.parametrize("name", ["qwen3", "smollm3", "qwen3_moe"])
 def test_gradients_are_those_of_the_cpu_in_float32(platform, impl, name, tmp_path):
     folder = tmp_path / "hf"
-    hf_models.make(name, folder)
+    cases.make(name, folder)
     cases.calm(folder)
     expected = cases.on_cpu("gradients", folder, tmp_path / "cpu.pt")
     found = cases.gradients(platform, folder, cases.settings(impl, "bfloat16"))
@@ -97,7 +97,7 @@ def test_a_trainer_that_gave_its_memory_away_learns_the_same_to_the_bit(platform
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_moe mixed"])
 def test_checkpoints_go_from_cpu_to_gpu_and_back_bitwise(platform, impl, name, tmp_path):
     folder, config = tmp_path / "hf", cases.settings(impl)
-    hf_models.make(name, folder)
+    cases.make(name, folder)
     right = hf_models.tensors(folder)
     cases.on_cpu("save", folder, tmp_path / "of_cpu")
     found = cases.loaded(platform, folder, config, tmp_path / "of_cpu")
@@ -105,6 +105,12 @@ def test_checkpoints_go_from_cpu_to_gpu_and_back_bitwise(platform, impl, name, t
     cases.saved(platform, folder, config, tmp_path / "of_gpu.checkpoint")
     found = cases.on_cpu("load", folder, tmp_path / "of_gpu.pt")
     assert all(torch.equal(found[tensor], right[tensor]) for tensor in found)
+
+
+def test_updates_by_the_fused_kernel_are_near_those_by_chunks(platform, impl):
+    chunked, _ = cases.updates(platform, cases.tiny("qwen3"), cases.settings(impl, "bfloat16"))
+    config = cases.settings(impl, "bfloat16", log_prob_kernel="fused")
+    assert cases.updates(platform, cases.tiny("qwen3"), config)[0] == pytest.approx(chunked, rel=0.05, abs=0.02)
 
 
 def test_an_update_that_is_no_number_changes_no_weight(platform, impl):

@@ -12,6 +12,7 @@ PLATFORM = select_platform("cpu")
 
 
 from megatron_pz.errors import ConfigError  # noqa: E402
+from megatron_pz.models.transformer import RECIPES  # noqa: E402
 from megatron_pz.platform.base import torch_dtype  # noqa: E402
 from megatron_pz.platform.cpu_layers import PackedAttention, RMSNorm  # noqa: E402
 from megatron_pz.platform.cuda import CudaPlatform  # noqa: E402
@@ -46,6 +47,25 @@ def test_transformer_engine_that_is_wanted_and_missing_is_an_error():
         platform.layer_spec(settings(transformer_impl="transformer_engine"))
     assert platform.transformer_defaults()["transformer_impl"] == "transformer_engine"
     assert platform.transformer_defaults("local")["apply_rope_fusion"] is False
+
+
+@pytest.mark.parametrize(
+    ("engine", "capability", "cuda", "recipe", "said"),
+    [
+        (None, (9, 0), "12.9", "blockwise", None),
+        (None, (9, 0), "12.8", "blockwise", "torch was built for CUDA 12.8, and it needs 12.9"),
+        (None, (9, 0), "12.8", "delayed", None),
+        (None, (8, 6), "12.9", "delayed", "A card has compute capability 8.6, and it needs 8.9"),
+        ("Transformer Engine is not installed", (10, 0), "13.0", "mxfp8", "Transformer Engine is not installed"),
+    ],
+)
+def test_what_fp8_lacks_on_a_gpu_is_told(monkeypatch, engine, capability, cuda, recipe, said):
+    platform = CudaPlatform()
+    monkeypatch.setattr(platform, "_engine_fault", engine)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert platform.fp8_fault(recipe, RECIPES[recipe][3]) == said
 
 
 def test_dtypes_have_names():

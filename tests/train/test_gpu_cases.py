@@ -24,7 +24,7 @@ def test_logits_are_compared(tmp_path):
 @pytest.mark.parametrize("name", ["qwen3", "smollm3", "qwen3_moe"])
 def test_gradients_in_bfloat16_are_near_those_in_float32_and_a_wrong_sign_is_not(name, tmp_path):
     folder = tmp_path / "hf"
-    hf_models.make(name, folder)
+    cases.make(name, folder)
     exact = cases.gradients(PLATFORM, cases.calm(folder), cases.settings())
     rounded = cases.gradients(PLATFORM, folder, cases.settings(dtype="bfloat16"))
     assert 1e-3 < cases.largest_error(rounded, exact) < cases.BF16_GRADIENTS
@@ -34,7 +34,7 @@ def test_gradients_in_bfloat16_are_near_those_in_float32_and_a_wrong_sign_is_not
 
 def test_gradients_come_from_another_process(tmp_path):
     folder = tmp_path / "hf"
-    hf_models.make("smollm3", folder)
+    cases.make("smollm3", folder)
     here = cases.gradients(PLATFORM, folder, cases.settings())
     elsewhere = cases.on_cpu("gradients", folder, tmp_path / "a.pt")
     assert cases.largest_error(here, elsewhere) < 1e-6
@@ -57,7 +57,7 @@ def test_an_update_that_is_no_number_is_refused():
 
 def test_a_checkpoint_is_read_in_another_process(tmp_path):
     folder = tmp_path / "hf"
-    hf_models.make("qwen3", folder)
+    cases.make("qwen3", folder)
     cases.saved(PLATFORM, folder, cases.settings(), tmp_path / "own.checkpoint")
     found = cases.on_cpu("load", folder, tmp_path / "own.pt")
     right = hf_models.tensors(folder)
