@@ -60,7 +60,7 @@ def test_transformer_engine_that_is_wanted_and_missing_is_an_error():
     ],
 )
 def test_what_fp8_lacks_on_a_gpu_is_told(monkeypatch, engine, capability, cuda, recipe, said):
-    platform = CudaPlatform()
+    platform = CudaPlatform()  # real; what torch would say of a GPU is given
     monkeypatch.setattr(platform, "_engine_fault", engine)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card")
