@@ -12,7 +12,7 @@ import torch
 from packaging.version import Version
 
 from megatron_pz.errors import ConfigError
-from megatron_pz.platform import harmless, shim, transformer_engine
+from megatron_pz.platform import engineless, harmless, shim, transformer_engine
 from megatron_pz.platform.base import Platform
 
 if TYPE_CHECKING:
@@ -50,6 +50,9 @@ class CudaPlatform(Platform):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         harmless.silence(harmless.EVERYWHERE)
         self._engine_fault = transformer_engine.fault()
+        if self._engine_fault:  # said by `layer_spec` and `fp8_fault` to a run that wants it
+            transformer_engine.silence_missing()
+            engineless.install()
 
     def to_device(self, values: np.ndarray) -> torch.Tensor:
         """Through pinned memory, [...] of any dtype: a copy from any other has the host wait."""
@@ -90,7 +93,6 @@ class CudaPlatform(Platform):
         from megatron_pz.platform.local_spec import LOCAL_DEFAULTS
 
         if transformer_impl == "local":
-            transformer_engine.silence_missing()
             return {**LOCAL_DEFAULTS, "use_cpu_initialization": True}
         # Apex's kernel serves the output layer, which is Megatron's own even in Transformer Engine's specification.
         has_fused_gradient = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None

@@ -2,52 +2,27 @@
 
 The shim is the table `PATCHES`: target, replacement, reason, versions of megatron-core, and a probe that fails while
 the target is stock and passes once it is replaced; a test runs each both ways. `install()` is process-wide, idempotent
-and meant for the CPU only.
+and meant for the CPU only; it applies the table of `engineless` too, which a GPU without Transformer Engine shares.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.utils._device
 
-from megatron_pz.platform import uneven
+from megatron_pz.platform import engineless, uneven
+from megatron_pz.platform.patch import Patch, patches_of
 from megatron_pz.platform.streams import Event, Stream
 
 CPU = torch.device("cpu")
-ALL = ">=0.16,<0.20"
 FACTORIES = tuple("zeros ones empty full tensor arange rand randn zeros_like ones_like empty_like".split())
-
-
-@dataclass(frozen=True)
-class Patch:
-    """One replaced name. `target` is `module:attribute`, the attribute may have dots."""
-
-    target: str
-    replacement: Callable[[Any], Any]  # given what stands there now (None where nothing does), returns what shall
-    reason: str  # who asks for it in megatron-core 0.16.1
-    probe: Callable[[], object]  # raises while the target is stock
-    versions: str = ALL
-
-    def owner(self) -> tuple[Any, str]:
-        """The object that holds the attribute, and the attribute's name."""
-        module, _, path = self.target.partition(":")
-        *parents, name = path.split(".")
-        return functools.reduce(getattr, parents, importlib.import_module(module)), name
-
-    def apply(self) -> None:
-        """Replace the target."""
-        owner, name = self.owner()
-        setattr(owner, name, self.replacement(getattr(owner, name, None)))
 
 
 _STREAM: Any = Stream()
@@ -110,37 +85,6 @@ def _numpy_splits(stock: Any) -> Callable[..., Any]:
     return move
 
 
-def _load_optimizer_state(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """`_set_main_param_and_optimizer_states` without autograd, and for the keys that torch's Adam really saved."""
-
-    @functools.wraps(stock)
-    def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-        if self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
-            return stock(self, model_param, tensors)
-        group, order = self.model_param_group_index_map[model_param]
-        main_param = self.optimizer.param_groups[group]["params"][order]
-        targets = {"param": main_param, **self.optimizer.state[main_param]}
-        with torch.no_grad():
-            for key in targets.keys() & tensors.keys():
-                targets[key].copy_(tensors[key])
-        return None
-
-    return set_states
-
-
-def _probe_optimizer_state() -> None:
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    leaf = torch.ones(2, requires_grad=True)
-    optimizer = SimpleNamespace(param_groups=[{"params": [leaf]}], state={leaf: {"step": torch.tensor(1.0)}})
-    fake = SimpleNamespace(
-        config=SimpleNamespace(use_precision_aware_optimizer_no_fp8_or_ds_fp8=False),
-        model_param_group_index_map={leaf: (0, 0)},
-        optimizer=optimizer,
-    )
-    DistributedOptimizer._set_main_param_and_optimizer_states(fake, leaf, {"param": torch.zeros(2)})
-
-
 def _probe_rng_state() -> None:
     from megatron.core.tensor_parallel import random
 
@@ -177,13 +121,6 @@ def _probe_stream() -> None:
 
 def _probe_event() -> None:
     torch.cuda.Event(enable_timing=True).record()
-
-
-def _probe_router_gemm() -> None:
-    from megatron.core.transformer.moe import moe_utils
-
-    if not hasattr(moe_utils, "te_general_gemm"):
-        raise NameError("te_general_gemm")
 
 
 def _probe_inert(name: str) -> Callable[[], object]:
@@ -261,13 +198,6 @@ def _megatron_patches() -> Iterator[Patch]:
         _probe_set_rng_state,
     )
     yield Patch(
-        "megatron.core.transformer.moe.moe_utils:te_general_gemm",
-        lambda stock: stock,
-        "moe_utils.py:1192 names it even where Transformer Engine is missing; None is what it tests for",
-        _probe_router_gemm,
-        versions=">=0.16,<0.19",
-    )
-    yield Patch(
         "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
         _numpy_splits,
         "splits become numpy only if is_cuda; all_to_all_single refuses tensors",
@@ -279,25 +209,10 @@ def _megatron_patches() -> Iterator[Patch]:
         "token_dispatcher.py: tokens of expert-tensor-parallel ranks; gloo takes equal pieces only",
         uneven.probe,
     )
-    yield Patch(
-        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
-        _load_optimizer_state,
-        "loading torch's Adam state: KeyError 'step', or in-place on a leaf, distrib_optimizer.py:940",
-        _probe_optimizer_state,
-    )
 
 
 PATCHES: tuple[Patch, ...] = (*_torch_patches(), *_megatron_patches())
 _installed = False
-
-
-def patches_of(version: str) -> list[Patch]:
-    """The patches that this version of megatron-core needs."""
-    from packaging.specifiers import SpecifierSet
-    from packaging.version import Version
-
-    release = Version(Version(version).base_version)
-    return [patch for patch in PATCHES if release in SpecifierSet(patch.versions)]
 
 
 def install() -> None:
@@ -307,12 +222,10 @@ def install() -> None:
         return
     # torch caches its factories for `with torch.device(...)` on first use; it must see the stock ones.
     torch.utils._device._device_constructors()
-    from importlib.metadata import version
-
-    wanted = patches_of(version("megatron-core"))
     # Those of torch first: importing megatron may already ask for CUDA.
-    for patch in sorted(wanted, key=lambda patch: patch.target.startswith("megatron")):
+    for patch in sorted(patches_of(PATCHES), key=lambda patch: patch.target.startswith("megatron")):
         patch.apply()
+    engineless.install()
     _installed = True
 
 

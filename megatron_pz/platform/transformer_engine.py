@@ -35,5 +35,5 @@ def fault() -> str | None:
 
 
 def silence_missing() -> None:
-    """Drop Megatron-Core's import warnings that Transformer Engine or Apex is missing. For the local layers only."""
+    """Drop Megatron-Core's import warnings that Transformer Engine or Apex is missing: the local layers need neither."""
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed.*")

@@ -5,11 +5,13 @@ python te_worker.py FOLDER
 FOLDER gets `report.json`: for each model `logits` (largest difference to `transformers`), `gradients` (largest relative difference
 of a parameter's gradient to the local layers'), `bitwise` (HF tensors that did not come back bit for bit), `keys` (places in a
 checkpoint that only one side has, extra states left aside); for some `crossed` (parameters that a checkpoint of the other side
-fills otherwise); and `fp8`, by recipe what the products saw, and the loss beside that of bfloat16.
+fills otherwise); `fp8`, by recipe what the products saw, and the loss beside that of bfloat16; `waits`, of one micro-batch and update,
+where the host read the device, how often; and `fused`, the operations of Transformer Engine that ran.
 """
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "stand_in"))
@@ -23,8 +25,10 @@ LOCAL = select_platform("cpu")
 
 import hf_models  # noqa: E402
 from builders import sample  # noqa: E402
+from host_waits import host_waits  # noqa: E402
 from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
+from transformer_engine.common import CALLED  # noqa: E402
 from transformer_engine.pytorch import SEEN  # noqa: E402
 
 from megatron_pz.batch.schedule import plan_update  # noqa: E402
@@ -35,9 +39,10 @@ from megatron_pz.models.folder import read_hf_config  # noqa: E402
 from megatron_pz.models.policy import build_policy  # noqa: E402
 from megatron_pz.models.shards import shards_of  # noqa: E402
 from megatron_pz.platform.cpu import CpuPlatform  # noqa: E402
+from megatron_pz.platform.cuda import CudaPlatform  # noqa: E402
 from megatron_pz.platform.cuda_layers import prepare  # noqa: E402
-from megatron_pz.platform.local_spec import LOCAL_DEFAULTS  # noqa: E402
 from megatron_pz.sync.export import iterate_hf_tensors  # noqa: E402
+from megatron_pz.train import step as step_module  # noqa: E402
 from megatron_pz.train.deal import divisors  # noqa: E402
 from megatron_pz.train.model import build_model  # noqa: E402
 from megatron_pz.train.parallel import init_parallel, shutdown  # noqa: E402
@@ -50,11 +55,10 @@ BOUNDS = torch.tensor([0, *hf_models.LENGTHS]).cumsum(0)
 
 
 class StandIn(CpuPlatform):
-    """What `CudaPlatform` asks of Megatron, without its fused kernels."""
+    """What `CudaPlatform` asks of Megatron, fusions of positions, permutation, activation and dropout among it."""
 
     def transformer_defaults(self, transformer_impl=None):
-        fields = {"transformer_impl": "transformer_engine", "moe_grouped_gemm": True, "use_cpu_initialization": True}
-        return {**LOCAL_DEFAULTS, **fields}
+        return CudaPlatform().transformer_defaults() | {"use_cpu_initialization": True}
 
     def layer_spec(self, config, vp_stage=None):
         return prepare(get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage))
@@ -116,22 +120,32 @@ def compared(name, folder, scratch):
     return found
 
 
+def updated(hf, config, parallel):
+    """The trainer, the plan of one row, and what the update of it found."""
+    samples = [sample((5, 9, 20), (7, 1)), sample((5, 9), (11, 3, 1), advantage=-0.5)]
+    trainer = Trainer(build_model(hf, config, StandIn(), parallel), config, LOCAL, parallel)
+    plan = plan_update(samples, max_tokens=64, dp_size=1, loss_aggregation="token_mean", **divisors(config))
+    return trainer, plan, trainer.step(plan, lr_step=1)
+
+
+def tiny(kind, num_layers=2):
+    """config.json with parts of whole blocks of FP8 scales."""
+    sizes = {"hidden_size": 64, "vocab_size": 90, "num_hidden_layers": num_layers}
+    experts = hf_models.EXPERTS if kind == "qwen3_moe" else {"head_dim": 16}
+    return hf_models.SMALL | experts | sizes | {"model_type": kind, "norm_topk_prob": True, "rope_theta": 1e4}
+
+
 def fp8(parallel):
     """By recipe: the products that it saw, and the loss of one update, which these plain products leave as it was."""
-    hf = hf_models.SMALL | hf_models.EXPERTS | {"model_type": "qwen3_moe", "norm_topk_prob": True, "rope_theta": 1e4}
-    samples = [sample((5, 9, 20), (7, 1)), sample((5, 9), (11, 3, 1), advantage=-0.5)]
     found = {}
     for recipe in ("off", "blockwise", "tensorwise", "delayed", "mxfp8"):
-        sizes = {"hidden_size": 64, "vocab_size": 90}
         ends = {} if recipe in ("off", "delayed") else {"first_last_layers_bf16": True}
         config = Config(
             model=ModelConfig(init="random", params_dtype="bfloat16", fp8=recipe),
             transformer=ends | ({} if recipe == "off" else {"num_layers_at_end_in_bf16": 0}),
         )
         SEEN.clear()
-        trainer = Trainer(build_model(hf | sizes, config, StandIn(), parallel), config, LOCAL, parallel)
-        plan = plan_update(samples, max_tokens=64, dp_size=1, loss_aggregation="token_mean", **divisors(config))
-        result = trainer.step(plan, lr_step=1)
+        trainer, plan, result = updated(tiny("qwen3_moe"), config, parallel)
         found[recipe] = {
             "seen": sorted(set(SEEN)),
             "products": len(SEEN),
@@ -142,10 +156,42 @@ def fp8(parallel):
     return found
 
 
+def products(parallel):
+    """FP8 products of an update of three dense layers, by how many at which end are in bfloat16."""
+    found = {}
+    for first, last in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        ends = {"num_layers_at_start_in_bf16": first, "num_layers_at_end_in_bf16": last}
+        config = Config(
+            model=ModelConfig(init="random", params_dtype="bfloat16", fp8="blockwise"),
+            transformer=ends | {"first_last_layers_bf16": True},
+        )
+        SEEN.clear()
+        updated(tiny("qwen3", num_layers=3), config, parallel)
+        found[f"{first} {last}"] = len(SEEN)
+    return found
+
+
+def waits(parallel):
+    """By model, the places in which the forward and backward of a row waits, and how often."""
+    found, real = {}, step_module.run_schedule
+
+    def watched(*args, **kwargs):
+        with host_waits() as seen:
+            result = real(*args, **kwargs)
+        found[kind] = Counter(wait for wait in seen if not wait.endswith(" in stand_in"))
+        return result
+
+    step_module.run_schedule = watched
+    for kind in ("qwen3", "qwen3_moe"):
+        updated(tiny(kind), Config(model=ModelConfig(init="random", params_dtype="bfloat16")), parallel)
+    step_module.run_schedule = real
+    return found
+
+
 def main(folder):
     parallel = init_parallel(Config().parallel, LOCAL, seed=1)
     report = {name: compared(name, folder / name, folder / f"{name} saved") for name in hf_models.MODELS}
-    report["fp8"] = fp8(parallel)
+    report |= {"fp8": fp8(parallel), "products": products(parallel), "waits": waits(parallel), "fused": sorted(CALLED)}
     shutdown()
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 

@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[2]
 PROBES = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
-from importlib.metadata import version
-from megatron_pz.platform import shim, transformer_engine
+from megatron_pz.platform import engineless, shim, transformer_engine
+from megatron_pz.platform.patch import patches_of
 transformer_engine.hide()
-patches = shim.patches_of(version("megatron-core"))
+patches = patches_of([*shim.PATCHES, *engineless.PATCHES])
 
 def outcomes():
     found = {}
@@ -33,11 +33,19 @@ def outcomes():
     return found
 
 stock = outcomes()
+engineless.install()
+without_shim = outcomes()
 shim.install()
 first = {patch.target: getattr(*patch.owner()) for patch in patches}
 shim.install()
 again = {patch.target: getattr(*patch.owner()) for patch in patches}
-print(json.dumps({"stock": stock, "shimmed": outcomes(), "once": all(first[t] is again[t] for t in first)}))
+print(json.dumps({
+    "stock": stock,
+    "without_shim": without_shim,
+    "shimmed": outcomes(),
+    "of_engineless": [patch.target for patch in engineless.PATCHES],
+    "once": all(first[t] is again[t] for t in first),
+}))
 """
 
 
@@ -71,18 +79,27 @@ def test_no_target_has_vanished_and_every_patch_works(outcomes):
     assert len(outcomes["shimmed"]) > 30
 
 
+def test_a_gpu_without_transformer_engine_gets_its_part_of_the_patches_alone(outcomes):
+    mended = {target for target, error in outcomes["without_shim"].items() if not error}
+    needed = {target for target, error in outcomes["stock"].items() if error}
+    # Where torch has no CUDA all of the shim's own still fail.
+    assert mended - (outcomes["stock"].keys() - needed) == needed & set(outcomes["of_engineless"])
+
+
 def test_installing_twice_replaces_nothing_twice(outcomes):
     assert outcomes["once"]
 
 
 def test_every_patch_gives_a_reason_and_versions_that_include_one_supported():
-    from megatron_pz.platform.shim import PATCHES, patches_of
+    from megatron_pz.platform import engineless, shim
+    from megatron_pz.platform.patch import patches_of
 
-    assert all(patch.reason for patch in PATCHES)
-    assert len({patch.target for patch in PATCHES}) == len(PATCHES)
-    in_016, in_019 = ({patch.target for patch in patches_of(version)} for version in ("0.16.1", "0.19.2"))
+    patches = [*shim.PATCHES, *engineless.PATCHES]
+    assert all(patch.reason for patch in patches)
+    assert len({patch.target for patch in patches}) == len(patches)
+    in_016, in_019 = ({patch.target for patch in patches_of(patches, version)} for version in ("0.16.1", "0.19.2"))
     assert in_016 - in_019 == {"megatron.core.transformer.moe.moe_utils:te_general_gemm"}
-    assert in_016 | in_019 == {patch.target for patch in PATCHES}
+    assert in_016 | in_019 == {patch.target for patch in patches}
 
 
 def test_a_half_installed_transformer_engine_does_not_stop_the_cpu(tmp_path):
@@ -124,3 +141,20 @@ except ImportError:
         "importing transformer_engine.pytorch failed: OSError: libnccl.so.2: cannot open",
         "hidden",
     ], done.stderr[-2000:]
+
+
+def test_the_cuda_platform_mends_megatron_where_transformer_engine_is_missing():
+    code = """
+import torch
+torch.cuda.is_available, torch.cuda.device_count, torch.cuda.set_device = lambda: True, lambda: 1, lambda index: None
+from megatron_pz.platform import engineless, transformer_engine
+transformer_engine.hide()
+from megatron_pz.platform.cuda import CudaPlatform
+CudaPlatform().install()
+for patch in engineless.PATCHES:
+    patch.probe()
+print("mended")
+"""
+    done = python(code)
+    assert done.stdout.splitlines() == ["mended"], done.stderr[-2000:]
+    assert "not installed" not in done.stderr

@@ -6,5 +6,5 @@ specification and our use of it: parameter names, places in a checkpoint, packed
 
 from transformer_engine import common, pytorch
 
-__version__ = "2.4.0"
+__version__ = "2.11.0"
 __all__ = ["common", "pytorch"]

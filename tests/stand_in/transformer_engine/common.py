@@ -3,6 +3,9 @@
 import enum
 from types import SimpleNamespace
 
+CALLED = set()
+"""Names of the fused operations that ran."""
+
 
 class Format(enum.Enum):
     E4M3 = "e4m3"

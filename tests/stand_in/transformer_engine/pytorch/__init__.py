@@ -56,6 +56,8 @@ class _Linear(_Base):
 
 
 class Linear(_Linear):
+    save_original_input = False
+
     def forward(self, x, is_first_microbatch=None):
         return _product(x, self.weight)
 
@@ -77,7 +79,7 @@ class GroupedLinear(_Base):
     def __init__(self, num_gemms, in_features, out_features, *, params_dtype, device, bias, tp_size=1, **_):
         super().__init__()
         assert not bias and tp_size == 1
-        self.num_gemms, self.use_bias = num_gemms, bias
+        self.num_gemms, self.use_bias, self.save_original_input = num_gemms, bias, False
         self.fp8 = self.fp8_calibration = False
         self.fp8_meta = {"fp8_checkpoint": False}
         for index in range(num_gemms):
