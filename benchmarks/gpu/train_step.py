@@ -25,6 +25,7 @@ TOKENS = {"dense": 8192, "moe": 16384}  # of a micro-batch; an expert of 128 see
 SHARE = {"dense": 0.45, "moe": 0.6}
 """Of the card's memory for weights, gradients and Adam. By the planner 8192 tokens of a dense layer take half as much again."""
 NUM_ROWS, REPEATS = 2, 5
+PACKING = (("tokens", "packed_tokens"), ("seconds", "seconds"))
 TINY = {
     "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     "vocab_size": 512, "moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2,
@@ -72,8 +73,10 @@ def samples(sizes: list[int], vocab_size: int) -> list[Any]:
     return found
 
 
-def ours(model: str, layers: int, precision: str, impl: str | None, smoke: bool, on: torch.device) -> dict[str, Any]:
-    """Seconds of an update by the package's own trainer, and peak bytes."""
+def ours(
+    model: str, layers: int, precision: str, impl: str | None, smoke: bool, on: torch.device, pads: bool = False
+) -> dict[str, Any]:
+    """Seconds of an update by the package's own trainer, and peak bytes by phase; `pads`: also of rows as long as the longest."""
     from megatron_pz.platform.select import select_platform
 
     platform = select_platform()
@@ -81,6 +84,7 @@ def ours(model: str, layers: int, precision: str, impl: str | None, smoke: bool,
     from megatron_pz.config.schema import Config, ModelConfig, TrainConfig
     from megatron_pz.models import random_init
     from megatron_pz.models.flops import forward_flops
+    from megatron_pz.train import step as step_module
     from megatron_pz.train.deal import divisors
     from megatron_pz.train.model import build_model
     from megatron_pz.train.parallel import init_parallel, shutdown
@@ -98,8 +102,17 @@ def ours(model: str, layers: int, precision: str, impl: str | None, smoke: bool,
     random_init.random_tensor = lambda name, shape, std, seed: (
         torch.ones(shape, device=on) if len(shape) == 1 else std * torch.randn(shape, device=on)
     )
-    if on.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    peaks: dict[str, int] = {}
+    real = step_module.run_schedule
+
+    def schedule(*given: Any, **named: Any) -> Any:
+        platform.begin_phase()
+        result = real(*given, **named)
+        peaks["forward and backward"] = platform.memory_bytes()["peak"]
+        platform.begin_phase()
+        return result
+
+    step_module.run_schedule = schedule
     parallel = init_parallel(config.parallel, platform, 1)
     try:
         trainer = Trainer(build_model(hf, config, platform, parallel), config, platform, parallel)
@@ -109,19 +122,26 @@ def ours(model: str, layers: int, precision: str, impl: str | None, smoke: bool,
         run = lambda: trainer.step(plan, lr_step=next(step))  # noqa: E731
         seconds(run, 2, on)  # kernels are chosen and compiled
         took = statistics.median(seconds(run, REPEATS, on))
+        peaks |= {"optimizer": platform.memory_bytes()["peak"], "held": platform.memory_bytes()["allocated"]}
         first, second = forward_flops(hf)
         work = 3 * sum(first * n + second * n * n for n in sizes)
-        padded = len(sizes) * max(sizes)
-        return {
+        packed_tokens = sum(batch.num_tokens for batch in plan.micro_batches[0])
+        padding: dict[str, Any] = {}
+        if pads:
+            rows = samples([max(sizes)] * len(sizes), hf["vocab_size"])
+            plan = plan_update(rows, max_tokens=max(tokens, max(sizes)), **cast(Any, divisors(config)))
+            padding = {"padded_tokens": max(sizes) * len(sizes), "padded_seconds": seconds(run, 1, on)[0]}
+        return padding | {
             "seconds": took,
             "tokens": sum(sizes),
             "tokens_per_s": sum(sizes) / took,
             "flops_per_s": work / took,
-            "packed_tokens": sum(batch.num_tokens for batch in plan.micro_batches[0]),
-            "padded_tokens": padded,
-            "peak_bytes": platform.memory_bytes()["peak"],
+            "packed_tokens": packed_tokens,
+            "peak_bytes": max(peaks["forward and backward"], peaks["optimizer"]),
+            "peak_bytes_by_phase": peaks,
         }
     finally:
+        step_module.run_schedule = real
         shutdown()
 
 
@@ -176,6 +196,8 @@ def row(what: str, found: dict[str, Any], ceiling: float, aim: float | None) -> 
     if "reason" in found:
         return {"what": what, "reason": found["reason"]} | ({"aim": f"MFU >= {aim:.0%}"} if aim else {})
     text = f"{found['tokens_per_s']:.0f} tokens/s, peak {found['peak_bytes'] / 2**30:.1f} GiB"
+    if phases := found.get("peak_bytes_by_phase"):
+        text += " (" + ", ".join(f"{phase} {size / 2**30:.1f}" for phase, size in phases.items()) + ")"
     line = {"what": what, **found}
     if "flops_per_s" in found:
         share = found["flops_per_s"] / ceiling
@@ -202,17 +224,18 @@ def main() -> None:
     ]
     for model in [given.model] if given.model else SHAPES:
         layers = given.layers or (2 if given.smoke else layers_that_fit(model, False, SHARE[model] * memory))
-        size, packing = f"{SHAPES[model]} shape, {layers} layers", 0.0
+        size, packed = f"{SHAPES[model]} shape, {layers} layers", False
         by_precision: dict[str, dict[str, Any]] = {}
         for precision, impl in ways:
-            found = attempt(ours, model, layers, precision, impl, given.smoke, on)
+            found = attempt(ours, model, layers, precision, impl, given.smoke, on, not packed)
             label = {None: "Transformer Engine" if on.type == "cuda" else "local", "local": "local layers"}[impl]
             aim = AIMS[model] if precision == "bf16" else None
             record.add(row(f"{size}: {precision}, {label}", found, ceiling, aim))
             by_precision.setdefault(precision, found)
-            if "padded_tokens" in found and not packing:
-                packing = found["padded_tokens"] / found["packed_tokens"]
-                told = f"{packing:.2f} times fewer tokens"
+            if "padded_seconds" in found:
+                packed = True
+                fewer, faster = (found[f"padded_{name}"] / found[key] for name, key in PACKING)
+                told = f"{fewer:.2f} times fewer tokens, {faster:.2f} times faster"
                 record.add({"what": f"{size}: packing beside padding", "measured": told})
         if model == "dense" and all("seconds" in found for found in by_precision.values()):
             gain = by_precision["bf16"]["seconds"] / by_precision["fp8"]["seconds"]

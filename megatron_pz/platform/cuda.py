@@ -113,7 +113,7 @@ class CudaPlatform(Platform):
         """Transformer Engine's layers, with the hook for a key-value cache, or the local ones.
 
         Raises:
-            ConfigError: Transformer Engine is wanted and cannot be used; it is never replaced silently.
+            ConfigError: Transformer Engine is wanted and cannot be used, or not with this dtype; it is never replaced silently.
         """
         from megatron_pz.platform.local_spec import local_layer_spec
 
@@ -123,6 +123,11 @@ class CudaPlatform(Platform):
             raise ConfigError(
                 f"transformer.transformer_impl is {config.transformer_impl!r}, but {self._engine_fault}; install "
                 'Transformer Engine with its torch extension, or set [transformer] transformer_impl = "local" (slower).'
+            )
+        if fault := transformer_engine.dtype_fault(config.params_dtype):
+            raise ConfigError(
+                f"model.params_dtype is float32, but {fault}; use --params-dtype bfloat16, install a newer one, or set "
+                '[transformer] transformer_impl = "local" (slower).'
             )
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 

@@ -10,6 +10,13 @@ import importlib
 import importlib.util
 import sys
 import warnings
+from importlib.metadata import version
+
+import torch
+from packaging.version import Version
+
+FLOAT32_PACKED = Version("2.11")
+"""From here on `UnfusedDotProductAttention` takes packed sequences; no other of its attentions takes float32."""
 
 
 def hide() -> None:
@@ -32,6 +39,15 @@ def fault() -> str | None:
         hide()
         return f"importing transformer_engine.pytorch failed: {type(error).__name__}: {error}"
     return None
+
+
+def dtype_fault(params_dtype: torch.dtype) -> str | None:
+    """Why the Transformer Engine that is installed cannot attend packed sequences of this dtype; None if it can."""
+    if params_dtype is not torch.float32 or Version(version("transformer_engine")) >= FLOAT32_PACKED:
+        return None
+    return (
+        f"transformer_engine {version('transformer_engine')} takes packed sequences of float32 from {FLOAT32_PACKED} on"
+    )
 
 
 def silence_missing() -> None:

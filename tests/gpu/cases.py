@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -161,7 +161,9 @@ def updates(
         samples = [replace(one, routed_experts=chosen) for one in samples]
     with alone(platform) as parallel:
         trainer = Trainer(build_model(hf, config, platform, parallel), config, platform, parallel)
-        plan = plan_update(samples, max_tokens=64, dp_size=1, loss_aggregation="token_mean", **divisors(config))
+        plan = plan_update(
+            samples, max_tokens=64, dp_size=1, loss_aggregation="token_mean", **cast(Any, divisors(config))
+        )
         losses = []
         for step in (1, 2, 3):
             if rests:
@@ -190,7 +192,9 @@ def nan_step(platform: Platform, config: Config) -> bool:
     config = replace(config, model=replace(config.model, init="random"))
     with alone(platform) as parallel:
         trainer = Trainer(build_model(tiny("qwen3"), config, platform, parallel), config, platform, parallel)
-        plan = plan_update([sample()], max_tokens=64, dp_size=1, loss_aggregation="token_mean", **divisors(config))
+        plan = plan_update(
+            [sample()], max_tokens=64, dp_size=1, loss_aggregation="token_mean", **cast(Any, divisors(config))
+        )
         with torch.no_grad():
             next(iter(trainer.chunks[0].parameters()))[5, 0] = torch.nan
         before = [parameter.detach().clone() for parameter in trainer.chunks[0].parameters()]

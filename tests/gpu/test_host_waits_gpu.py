@@ -1,13 +1,24 @@
-"""No host synchronisation inside the head and the objective of a micro-batch, counted by torch's profiler on a GPU.
+"""No host synchronisation inside a micro-batch, counted by torch's profiler on a GPU: of the head and the objective, and of the whole.
 
-Its twin on a CPU, tests/train/test_host_waits.py, watches a whole update of the trainer.
+On a CPU: tests/train/test_host_waits.py and, with Transformer Engine's layers, tests/models/test_transformer_engine_layers.py.
 """
 
+import sys
+from pathlib import Path
+from typing import Any
+
+import hf_models
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import cases
+
 from megatron_pz.models.logprobs import token_log_probs
+from megatron_pz.platform import transformer_engine
+from megatron_pz.platform.select import select_platform
 from megatron_pz.train.loss import importance_weights, policy_loss, token_sums
 
 pytestmark = pytest.mark.gpu
@@ -60,3 +71,28 @@ def test_torch_itself_raises_nothing_about_a_wait():
         forward_backward(*given)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("kind", "waits"), [("qwen3", 0), ("qwen3_moe", hf_models.SMALL["num_hidden_layers"])])
+def test_transformer_engine_s_layers_wait_once_a_layer_of_experts(monkeypatch, kind, waits):
+    """For the tokens of each expert, by which its grouped products are told their sizes."""
+    platform = select_platform("cuda")
+    if fault := transformer_engine.fault():
+        pytest.skip(fault)
+    from megatron_pz.train import step as step_module
+
+    counts: list[dict[str, int]] = []
+    real = step_module.run_schedule
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+            result = real(*args, **kwargs)
+        names = [event.name for event in profiled.events()]
+        counts.append({name: names.count(name) for name in WAITS})
+        return result
+
+    monkeypatch.setattr(step_module, "run_schedule", watched)
+    cases.updates(platform, cases.tiny(kind), cases.settings("transformer_engine", "bfloat16"))
+    # Of the third update, all kernels compiled. The profiler waits once when it ends, Megatron once for the number of tokens.
+    assert sum(counts[-1].values()) <= 2 + waits, counts[-1]

@@ -28,16 +28,19 @@ def run(hidden, weight, labels, vocab_size, temperature, kernel):
     return [log_probs.detach(), entropy, *grads]
 
 
+def exact(x):
+    return x.detach().double().requires_grad_()
+
+
 @pytest.mark.parametrize(
     ("tokens", "hidden_size", "vocab_size"),
     [(1000, 576, 49152), (777, 2048, 151936), (513, 2560, 151936), (300, 4096, 128256), (1, 576, 49152)],
 )
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_bfloat16_agrees_with_float64(tokens, hidden_size, vocab_size, temperature):
-    given = inputs(tokens, hidden_size, vocab_size, vocab_size + 128)
-    found = run(*given, vocab_size, temperature, "fused")
-    exact = [x.detach().double().requires_grad_() for x in given[:2]]
-    wanted = run(*exact, given[2], vocab_size, temperature, "chunked")
+    hidden, weight, labels = inputs(tokens, hidden_size, vocab_size, vocab_size + 128)
+    found = run(hidden, weight, labels, vocab_size, temperature, "fused")
+    wanted = run(exact(hidden), exact(weight), labels, vocab_size, temperature, "chunked")
     for a, b in zip(found[:2], wanted[:2], strict=True):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-4)  # float32 sums of up to 4096 products
     for a, b in zip(found[2:], wanted[2:], strict=True):
@@ -48,17 +51,17 @@ def test_bfloat16_agrees_with_float64(tokens, hidden_size, vocab_size, temperatu
 
 
 def test_float32_agrees_with_float64():
-    given = inputs(300, 2048, 49152, 49280, torch.float32)
-    found = run(*given, 49152, 1.0, "fused")
-    exact = [x.detach().double().requires_grad_() for x in given[:2]]
-    wanted = run(*exact, given[2], 49152, 1.0, "chunked")
+    hidden, weight, labels = inputs(300, 2048, 49152, 49280, torch.float32)
+    found = run(hidden, weight, labels, 49152, 1.0, "fused")
+    wanted = run(exact(hidden), exact(weight), labels, 49152, 1.0, "chunked")
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
 
 def test_the_same_inputs_give_the_same_bits():
-    given = inputs(1000, 2560, 151936, 151936)
-    for a, b in zip(*(run(*given, 151936, 1.0, "fused") for _ in range(2)), strict=True):
+    hidden, weight, labels = inputs(1000, 2560, 151936, 151936)
+    one, two = (run(hidden, weight, labels, 151936, 1.0, "fused") for _ in range(2))
+    for a, b in zip(one, two, strict=True):
         assert torch.equal(a, b)
 
 

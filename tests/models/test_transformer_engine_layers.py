@@ -1,12 +1,14 @@
-"""Megatron's Transformer Engine layers beside its local ones: names, places in a checkpoint, packed rows, FP8 rows.
+"""Megatron's Transformer Engine layers beside its local ones: names, places in a checkpoint, packed rows, updates, FP8 rows.
 
-Transformer Engine itself is replaced by plain torch (tests/stand_in), in a process of its own; its kernels are tests/gpu's.
+In a process of its own, twice: with Transformer Engine replaced by plain torch (tests/stand_in), and with the real one where it is
+installed (`make test-engine`), whose compiled functions alone are replaced. Those are tests/gpu's.
 """
 
 import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import hf_models
@@ -22,15 +24,28 @@ OF_RECIPE = {
 """Megatron's format and recipe, Transformer Engine's class, what the row is a multiple of."""
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("te")
+def run(folder, *options):
     # Megatron's fused activation and dropout run uncompiled: what they compute is Megatron's.
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "TORCHDYNAMO_DISABLE": "1"}
-    command = [sys.executable, str(TESTS / "layouts/te_worker.py"), str(folder)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    env |= {"TORCHDYNAMO_DISABLE": "1", "TRITON_INTERPRET": "1"}
+    command = [sys.executable, str(TESTS / "layouts/te_worker.py"), str(folder), *options]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("te"))
+
+
+@pytest.fixture(scope="module", params=["stand-in", "real"])
+def report(request, tmp_path_factory):
+    if request.param == "stand-in":
+        return request.getfixturevalue("stand_in")
+    if find_spec("transformer_engine") is None:
+        pytest.skip("Transformer Engine is not installed: make test-engine builds it (5 GB, a quarter of an hour)")
+    return run(tmp_path_factory.mktemp("te"), "--real")
 
 
 @pytest.mark.parametrize("name", hf_models.MODELS)
@@ -46,29 +61,29 @@ def test_a_checkpoint_of_either_fills_the_other(report, name):
 
 
 @pytest.mark.parametrize("recipe", OF_RECIPE)
-def test_a_recipe_reaches_the_products_and_rows_are_padded_for_it(report, recipe):
-    found, (form, name, cls, multiple) = report["fp8"][recipe], OF_RECIPE[recipe]
+def test_a_recipe_reaches_the_products_and_rows_are_padded_for_it(stand_in, recipe):
+    found, (form, name, cls, multiple) = stand_in["fp8"][recipe], OF_RECIPE[recipe]
     assert found["recipe"] == [form, name]
     assert {seen for seen, _ in found["seen"]} == {cls}
     assert found["row"] == multiple  # 10 tokens
     # The stand-in computes as before, so that padding must not show in the loss.
-    assert found["loss"] == pytest.approx(report["fp8"]["off"]["loss"], abs=5e-3)
+    assert found["loss"] == pytest.approx(stand_in["fp8"]["off"]["loss"], abs=5e-3)
 
 
-def test_first_layers_in_bfloat16_have_no_fp8_products(report):
-    assert report["fp8"]["off"]["products"] == 0
+def test_first_layers_in_bfloat16_have_no_fp8_products(stand_in):
+    assert stand_in["fp8"]["off"]["products"] == 0
     # Of two layers the first is spared, and `delayed` cannot spare any.
-    assert 0 < report["fp8"]["blockwise"]["products"] < report["fp8"]["delayed"]["products"]
+    assert 0 < stand_in["fp8"]["blockwise"]["products"] < stand_in["fp8"]["delayed"]["products"]
 
 
-def test_layers_at_either_end_stay_in_bfloat16(report):
+def test_layers_at_either_end_stay_in_bfloat16(stand_in):
     # Of three dense layers, four products each, by how many of the first and of the last are spared.
-    assert report["products"] == {"0 0": 12, "1 0": 8, "0 1": 8, "1 1": 4}
+    assert stand_in["products"] == {"0 0": 12, "1 0": 8, "0 1": 8, "1 1": 4}
 
 
-def test_what_the_cuda_platform_fuses_ran(report):
+def test_what_the_cuda_platform_fuses_ran(stand_in):
     permutation = {"moe_permute", "moe_permute_with_probs", "moe_unpermute", "moe_sort_chunks_by_index"}
-    assert set(report["fused"]) == {"apply_rotary_pos_emb", *permutation}
+    assert set(stand_in["fused"]) == {"apply_rotary_pos_emb", *permutation}
 
 
 def test_a_micro_batch_waits_once_a_layer_of_experts_and_nowhere_else(report):
@@ -77,3 +92,16 @@ def test_a_micro_batch_waits_once_a_layer_of_experts_and_nowhere_else(report):
     assert report["waits"]["qwen3"] == at_the_end
     sizes = "tolist in megatron/transformer/moe/experts.py:forward"
     assert report["waits"]["qwen3_moe"] == at_the_end | {sizes: 2}
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_updates_are_those_of_the_local_layers(report, kind):
+    found = report["updates"][f"{kind} float32"]
+    assert found["engine"] == pytest.approx(found["local"], abs=2e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_a_trainer_that_was_loaded_and_rested_goes_on_to_the_bit(report, kind, dtype):
+    found = report["updates"][f"{kind} {dtype}"]
+    assert found["loaded"] == found["engine"][2] and found["differ"] == []

@@ -13,6 +13,7 @@ PLATFORM = select_platform("cpu")
 
 from megatron_pz.errors import ConfigError  # noqa: E402
 from megatron_pz.models.transformer import RECIPES  # noqa: E402
+from megatron_pz.platform import transformer_engine  # noqa: E402
 from megatron_pz.platform.base import torch_dtype  # noqa: E402
 from megatron_pz.platform.cpu_layers import PackedAttention, RMSNorm  # noqa: E402
 from megatron_pz.platform.cuda import CudaPlatform  # noqa: E402
@@ -47,6 +48,19 @@ def test_transformer_engine_that_is_wanted_and_missing_is_an_error():
         platform.layer_spec(settings(transformer_impl="transformer_engine"))
     assert platform.transformer_defaults()["transformer_impl"] == "transformer_engine"
     assert platform.transformer_defaults("local")["apply_rope_fusion"] is False
+
+
+def test_an_engine_that_cannot_pack_float32_is_told_before_a_model_is_built(monkeypatch):
+    monkeypatch.setattr(transformer_engine, "version", lambda name: "2.10.0")
+    platform = CudaPlatform()
+    monkeypatch.setattr(platform, "_engine_fault", None)
+    with pytest.raises(
+        ConfigError, match=r"float32, but transformer_engine 2\.10\.0 .* from 2\.11 on; use --params-dtype bfloat16"
+    ):
+        platform.layer_spec(settings(transformer_impl="transformer_engine"))
+    assert transformer_engine.dtype_fault(torch.bfloat16) is None
+    monkeypatch.setattr(transformer_engine, "version", lambda name: "2.11.0")
+    assert transformer_engine.dtype_fault(torch.float32) is None
 
 
 @pytest.mark.parametrize(
