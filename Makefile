@@ -3,8 +3,9 @@
 # make demo-smollm2  the same with SmolLM2-135M-Instruct
 # make test          lint, types, layers, tests        make test-slow  the long ones
 # make test-gpu      the GPU tests, on a machine with one; GPU_PYTHON=python3 where it has torch already
+# make test-engine   the real Transformer Engine on a CPU, its compiled functions in plain torch; it is compiled first (a quarter of an hour)
 # make test-latest   the same tests with the newest megatron-core, on Python 3.12, in .venv-latest
-# make clean         removes .venv, .venv-latest, .venv-sglang and caches, keeps runs/
+# make clean         removes .venv, .venv-latest, .venv-engine, .venv-sglang and caches, keeps runs/
 # PYTHON=python3.12 chooses the interpreter of a new .venv (3.11, else 3.12, by default).
 
 SHELL := bash
@@ -22,10 +23,10 @@ OVERRIDES := $(if $(STEPS),--train-iters $(STEPS))
 ENGINE ?= embedded
 SGLANG := $(filter sglang,$(ENGINE))
 
-.PHONY: demo demo-smollm2 demo-corpus smollm2 test test-slow test-latest test-gpu lint server bench-env clean help
+.PHONY: demo demo-smollm2 demo-corpus smollm2 test test-slow test-latest test-engine test-gpu lint server bench-env clean help
 
 help:
-	@sed -n 's/^# //p' Makefile | head -n 8
+	@sed -n 's/^# //p' Makefile | head -n 9
 
 demo: demo-corpus $(if $(SGLANG),server)
 	@$(PY) -m megatron_pz examples/demo.toml --engine $(ENGINE) $(if $(SGLANG),--run-dir runs/demo_sglang) $(OVERRIDES)
@@ -49,6 +50,10 @@ test: lint server
 test-latest: server
 	@PZ_VENV=$(LATEST) PYTHON=$${PYTHON:-python3.12} tools/setup_env.sh test
 	@PZ_NEEDS_SERVER=1 $(LATEST)/bin/python $(QUICK)
+
+test-engine:
+	@tools/setup_engine.sh
+	@.venv-engine/bin/python -m pytest -q -rs tests/models/test_transformer_engine_layers.py tests/models/test_transformer_engine_fp8.py
 
 # One process: a device is shared, and a process has one platform.
 test-gpu:
@@ -75,6 +80,6 @@ bench-env:
 	@tools/setup_env.sh bench
 
 clean:
-	@rm -rf .venv $(LATEST) .venv-sglang .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf .venv $(LATEST) .venv-engine .venv-sglang .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo 'clean: runs/ is kept'

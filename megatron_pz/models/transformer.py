@@ -133,6 +133,12 @@ def fp8_fields(config: Config, fields: dict[str, Any], platform: Platform, trans
             f"model.fp8 is {model.fp8!r}, but the layers are {transformer_impl!r}; FP8 is Transformer Engine's. Install it "
             "and leave out [transformer] transformer_impl, or use --fp8 off."
         )
+    if model.fp8 == "delayed" and model.fp8_param_gather and fields.get("num_moe_experts"):
+        # Transformer Engine 2.11 reads a grouped layer's scales before megatron-core has put those of its experts together.
+        raise ConfigError(
+            "model.fp8_param_gather is true while model.fp8 is 'delayed' and the model has experts: its checkpoints could not be "
+            "loaded. Use --fp8 blockwise (or tensorwise), or leave out fp8_param_gather."
+        )
     form, recipe, _, capability = RECIPES[model.fp8]
     if fault := platform.fp8_fault(model.fp8, capability):
         raise ConfigError(f"model.fp8 is {model.fp8!r}, but {fault}. Use --fp8 off, or another recipe.")

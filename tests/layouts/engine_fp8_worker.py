@@ -26,6 +26,9 @@ def learned(kind, recipe, keeps, parallel, folder):
     config = Config(
         model=ModelConfig(init="random", params_dtype="bfloat16", fp8=recipe, fp8_param_gather=keeps),
         train=TrainConfig(lr=1e-3, lr_decay_style="constant"),
+        transformer={
+            "moe_permute_fusion": False
+        },  # Triton's interpreter would take minutes for the 128 tokens of a block
     )
     SEEN.clear()
     trainer, plan = worker.new_trainer(worker.tiny(kind), config, parallel)
@@ -53,8 +56,8 @@ def main(folder):
     for kind in ("qwen3", "qwen3_moe"):
         report[f"{kind} off"] = learned(kind, "off", False, parallel, folder)
         for recipe, keeps in product(("blockwise", "tensorwise", "delayed"), (False, True)):
-            print(kind, recipe, keeps, file=sys.stderr, flush=True)
-            report[f"{kind} {recipe} {keeps}"] = learned(kind, recipe, keeps, parallel, folder)
+            if (kind, recipe, keeps) != ("qwen3_moe", "delayed", True):  # refused: it could not be loaded
+                report[f"{kind} {recipe} {keeps}"] = learned(kind, recipe, keeps, parallel, folder)
     shutdown()
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 

@@ -75,7 +75,7 @@ class Engine(CpuPlatform):
     """What `CudaPlatform` asks of Megatron, fusions of positions, permutation, activation and dropout among it."""
 
     def transformer_defaults(self, transformer_impl=None):
-        return CudaPlatform().transformer_defaults() | {"use_cpu_initialization": True}
+        return CudaPlatform().transformer_defaults()
 
     def layer_spec(self, config, vp_stage=None):
         return prepare(get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage))

@@ -75,6 +75,14 @@ def test_a_rank_s_share_of_a_matrix_must_be_whole_blocks():
         fp8_fields(halves, SIZES | {"ffn_hidden_size": 24}, Card((9, 0)), "transformer_engine")
 
 
+def test_delayed_scales_of_experts_with_weights_in_fp8_are_refused():
+    experts = SIZES | {"num_moe_experts": 8, "moe_ffn_hidden_size": 64}
+    delayed = config("delayed", fp8_param_gather=True)
+    assert fp8_fields(delayed, SIZES, Card((9, 0)), "transformer_engine")["fp8_param"]
+    with pytest.raises(ConfigError, match="fp8_param_gather is true while .* checkpoints could not be loaded"):
+        fp8_fields(delayed, experts, Card((9, 0)), "transformer_engine")
+
+
 def test_tokens_of_a_rank_are_whole_blocks_and_equal_shares():
     shares = ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True)
     assert token_multiple(Config(parallel=shares)) == 4

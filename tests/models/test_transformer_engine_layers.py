@@ -4,17 +4,10 @@ In a process of its own, twice: with Transformer Engine replaced by plain torch 
 installed (`make test-engine`), whose compiled functions alone are replaced. Those are tests/gpu's.
 """
 
-import json
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
 import hf_models
 import pytest
+from engine_runs import report_of, skip_without_engine
 
-TESTS = Path(__file__).parents[1]
 OF_RECIPE = {
     "blockwise": ["e4m3", "blockwise", "Float8BlockScaling", 128],
     "tensorwise": ["hybrid", "tensorwise", "Float8CurrentScaling", 16],
@@ -24,28 +17,17 @@ OF_RECIPE = {
 """Megatron's format and recipe, Transformer Engine's class, what the row is a multiple of."""
 
 
-def run(folder, *options):
-    # Megatron's fused activation and dropout run uncompiled: what they compute is Megatron's.
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-    env |= {"TORCHDYNAMO_DISABLE": "1", "TRITON_INTERPRET": "1"}
-    command = [sys.executable, str(TESTS / "layouts/te_worker.py"), str(folder), *options]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "report.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def stand_in(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("te"))
+    return report_of("te_worker.py", tmp_path_factory.mktemp("te"))
 
 
 @pytest.fixture(scope="module", params=["stand-in", "real"])
 def report(request, tmp_path_factory):
     if request.param == "stand-in":
         return request.getfixturevalue("stand_in")
-    if find_spec("transformer_engine") is None:
-        pytest.skip("Transformer Engine is not installed: make test-engine builds it (5 GB, a quarter of an hour)")
-    return run(tmp_path_factory.mktemp("te"), "--real")
+    skip_without_engine()
+    return report_of("te_worker.py", tmp_path_factory.mktemp("te"), "--real")
 
 
 @pytest.mark.parametrize("name", hf_models.MODELS)

@@ -1,0 +1,29 @@
+"""Workers of tests/layouts that have Transformer Engine's layers on a CPU, in a process of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+def report_of(worker, folder, *options):
+    """What `worker` found."""
+    # Megatron's fused activation and dropout run uncompiled: what they compute is Megatron's.
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    env |= {"TORCHDYNAMO_DISABLE": "1", "TRITON_INTERPRET": "1"}
+    command = [sys.executable, str(TESTS / "layouts" / worker), str(folder), *options]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "report.json").read_text())
+
+
+def skip_without_engine():
+    """Skip a test of the real one where it is not installed."""
+    if find_spec("transformer_engine") is None:
+        pytest.skip("Transformer Engine is not installed: make test-engine compiles it (9 GB, a quarter of an hour)")
