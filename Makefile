@@ -53,7 +53,7 @@ test-latest: server
 
 test-engine:
 	@tools/setup_engine.sh
-	@.venv-engine/bin/python -m pytest -q -rs tests/models/test_transformer_engine_layers.py tests/models/test_transformer_engine_fp8.py
+	@.venv-engine/bin/python -m pytest -q -rs tests/models/test_transformer_engine_*.py
 
 # One process: a device is shared, and a process has one platform.
 test-gpu:

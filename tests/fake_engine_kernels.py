@@ -207,4 +207,7 @@ def install() -> None:
 
     Autotuner._bench = lambda self, *args, config, **meta: [1.0] * 3  # the interpreter has nothing to choose by
     # NCCL takes FP8 and bfloat16 in one group of calls; gloo flattens them to one dtype. One after the other, then.
-    param_and_grad_buffer._coalescing_manager = lambda group, async_ops: nullcontext()
+    together = param_and_grad_buffer._coalescing_manager
+    param_and_grad_buffer._coalescing_manager = lambda group, async_ops: (
+        together(group, async_ops=True) if async_ops else nullcontext()
+    )
