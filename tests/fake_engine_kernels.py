@@ -3,8 +3,8 @@
     import fake_engine_kernels          # instead of importing transformer_engine first
     fake_engine_kernels.install()
 
-Replaced are the functions of its torch extension that its layers and its Adam call (`NAMES`, and those of FP8 beside it), and its
-question whether there is a GPU. Its permutation of tokens to experts is Triton code, which `TRITON_INTERPRET=1` interprets.
+Replaced are the functions of its torch extension that its layers and its Adam call (`NAMES`, those of attention and FP8 beside it),
+and its question whether there is a GPU. Its permutation of tokens to experts is Triton code, which `TRITON_INTERPRET=1` interprets.
 For a process of its own.
 """
 
@@ -13,18 +13,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
+import fake_engine_attention as attention
 import fake_engine_fp8 as fp8
 import torch
-import torch.nn.functional as F
 import transformer_engine.pytorch  # noqa: F401  # loads its extension
 import transformer_engine_torch as extension
 from torch import Tensor
 from transformer_engine.pytorch.constants import TE_DType
-from transformer_engine.pytorch.cpp_extensions.fused_attn import FusedAttnBackend
 
 CALLED: set[str] = set()
 """Names of the functions that ran."""
@@ -83,60 +81,19 @@ def _turned(t: Tensor, freqs: Tensor, sign: int) -> Tensor:
 
 def _rope(sign: int) -> Callable[..., Tensor]:
     def rope(t, freqs, start_positions, form, interleaved, cu_seqlens, cp_size, cp_rank):
-        assert start_positions is None and not interleaved and cp_size == 1
+        assert start_positions is None and not interleaved
         if form == extension.NVTE_QKV_Format.NVTE_SBHD:
             return _turned(t, freqs[: len(t)], sign)
-        assert form == extension.NVTE_QKV_Format.NVTE_THD and cu_seqlens.dtype is torch.int32
-        return torch.cat([_turned(part, freqs[: len(part), 0], sign) for part in _parts(t, cu_seqlens)])
+        assert form == extension.NVTE_QKV_Format.NVTE_THD
+        # Of each sequence a rank of context parallelism has two pieces, as far from the start as from the end.
+        found = []
+        for part in attention.parts(t, cu_seqlens // cp_size):
+            half, last = len(part) // 2, 2 * cp_size - cp_rank - 1
+            places = torch.cat([torch.arange(half) + cp_rank * half, torch.arange(half) + last * half])
+            found.append(_turned(part, freqs[places if cp_size > 1 else torch.arange(len(part)), 0], sign))
+        return torch.cat(found)
 
     return rope
-
-
-def _parts(t: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, ...]:
-    """Of [T, ...], each sequence."""
-    return t.split([end - start for start, end in pairwise(cu_seqlens.tolist())])
-
-
-def get_fused_attn_backend(
-    is_training, q_type, kv_type, layout, bias, mask, softmax, dropout, heads, groups, max_q, max_kv, dim, *_
-):
-    assert isinstance(max_q, int) and heads % groups == 0
-    return FusedAttnBackend["F16_arbitrary_seqlen" if dim % 8 == 0 else "No_Backend"]
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
-    each = zip(*(_parts(x, cu_seqlens) for x in (q, k, v)), strict=True)
-    one = {"is_causal": True, "scale": scale, "enable_gqa": True}
-    return torch.cat(
-        [F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in qkv), **one).transpose(0, 1) for qkv in each]
-    )
-
-
-def fused_attn_fwd(
-    max_q, max_kv, is_training, scale, dropout, fill, layout, bias, mask, softmax, window, cu_q, cu_kv, q, k, v, *_
-):
-    assert mask == extension.NVTE_Mask_Type.NVTE_PADDING_CAUSAL_MASK and window in ((-1, 0), (-1, -1)), (mask, window)
-    found = _attend(q.float(), k.float(), v.float(), cu_q, scale).to(q.dtype)
-    return [found, torch.zeros(1), torch.zeros(2, dtype=torch.int64)]  # and what its backward keeps
-
-
-def fused_attn_bwd(
-    max_q, max_kv, scale, dropout, fill, layout, bias, mask, softmax, window, deterministic, cu_q, cu_kv, q, k, v, out, d_out, *_
-):  # fmt: skip
-    with torch.enable_grad():
-        given = [x.detach().float().requires_grad_() for x in (q, k, v)]
-        found = torch.autograd.grad(_attend(*given, cu_q, scale), given, d_out.float())
-    return [gradient.to(q.dtype) for gradient in found] + [None, None]
-
-
-def convert_thd_to_bshd(t, cu_seqlens, batch, longest):
-    return torch.stack([F.pad(part, (0, 0, 0, 0, 0, longest - len(part))) for part in _parts(t, cu_seqlens)])
-
-
-def convert_bshd_to_thd(t, cu_seqlens, total):
-    sizes = cu_seqlens.diff().tolist()
-    assert sum(sizes) == total
-    return torch.cat([row[:size] for row, size in zip(t, sizes, strict=True)])
 
 
 def multi_tensor_adam(chunk, flag, lists, lr, beta1, beta2, eps, step, adam_w, bias_correction, weight_decay):
@@ -161,14 +118,13 @@ def multi_tensor_scale(chunk, flag, lists, scale):
 fused_rope_forward, fused_rope_backward = _rope(1), _rope(-1)
 NAMES = (
     "generic_gemm", "te_general_grouped_gemm", "rmsnorm_fwd", "rmsnorm_bwd", "fused_rope_forward", "fused_rope_backward",
-    "get_fused_attn_backend", "fused_attn_fwd", "fused_attn_bwd", "convert_thd_to_bshd", "convert_bshd_to_thd",
     "multi_tensor_adam", "multi_tensor_l2norm", "multi_tensor_scale",
 )  # fmt: skip
 
 
 def _told(name: str) -> Callable[..., Any]:
     """The function of this name here; that it ran is kept."""
-    here = globals().get(name) or getattr(fp8, name)
+    here = next(vars(module)[name] for module in (sys.modules[__name__], attention, fp8) if name in vars(module))
 
     def call(*args: Any, **kwargs: Any) -> Any:
         CALLED.add(name)
@@ -191,7 +147,7 @@ def install() -> None:
     """Put `NAMES` in place of the extension's functions, wherever Transformer Engine or Megatron has taken them by name."""
     takers = ("transformer_engine", "megatron.core")
     modules = [module for name, module in sys.modules.items() if module and name.startswith(takers)]
-    for name in NAMES + fp8.NAMES:
+    for name in NAMES + attention.NAMES + fp8.NAMES:
         stock, fake = getattr(extension, name), _told(name)
         for module in modules:
             for attribute in [key for key, value in vars(module).items() if value is stock]:

@@ -44,6 +44,6 @@ if ! compgen -G "$wheels/transformer_engine_torch-$ENGINE-*.whl" >/dev/null; the
     pip wheel --no-deps --no-build-isolation --no-binary transformer-engine-torch --wheel-dir "$wheels" "transformer-engine-torch==$ENGINE"
 fi
 pip install --no-deps --find-links "$wheels" "transformer-engine-torch==$ENGINE"
-"$venv/bin/python" -c 'import transformer_engine.pytorch' >>"$log" 2>&1 || die "Transformer Engine cannot be imported; Python's words are in $log."
+"$venv/bin/python" -c 'import torch, transformer_engine.pytorch' >>"$log" 2>&1 || die "Transformer Engine cannot be imported; Python's words are in $log."
 printf '%s\n' "$wanted" >"$stamp"
 say "Transformer Engine $ENGINE is in $venv, its wheels in $wheels"

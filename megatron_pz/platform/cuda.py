@@ -124,10 +124,10 @@ class CudaPlatform(Platform):
                 f"transformer.transformer_impl is {config.transformer_impl!r}, but {self._engine_fault}; install "
                 'Transformer Engine with its torch extension, or set [transformer] transformer_impl = "local" (slower).'
             )
-        if fault := transformer_engine.dtype_fault(config.params_dtype):
+        if fault := transformer_engine.dtype_fault(config.params_dtype, config.context_parallel_size):
             raise ConfigError(
-                f"model.params_dtype is float32, but {fault}; use --params-dtype bfloat16, install a newer one, or set "
-                '[transformer] transformer_impl = "local" (slower).'
+                f"model.params_dtype is float32, but {fault}; use --params-dtype bfloat16, or set [transformer] "
+                'transformer_impl = "local" (slower).'
             )
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 

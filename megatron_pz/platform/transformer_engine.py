@@ -41,13 +41,15 @@ def fault() -> str | None:
     return None
 
 
-def dtype_fault(params_dtype: torch.dtype) -> str | None:
+def dtype_fault(params_dtype: torch.dtype, context_parallel_size: int = 1) -> str | None:
     """Why the Transformer Engine that is installed cannot attend packed sequences of this dtype; None if it can."""
-    if params_dtype is not torch.float32 or Version(version("transformer_engine")) >= FLOAT32_PACKED:
+    if params_dtype is not torch.float32:
         return None
-    return (
-        f"transformer_engine {version('transformer_engine')} takes packed sequences of float32 from {FLOAT32_PACKED} on"
-    )
+    if context_parallel_size > 1:
+        return "Transformer Engine's attention takes no float32 under context parallelism"
+    if Version(version("transformer_engine")) < FLOAT32_PACKED:
+        return f"transformer_engine {version('transformer_engine')} takes packed sequences of float32 from {FLOAT32_PACKED} on"
+    return None
 
 
 def silence_missing() -> None:

@@ -11,6 +11,7 @@ from programs import on_ranks
 
 CASES = ["dp2", "tp2", "tp2 sp", "pp2", "untied pp2", "vpp2, one bin"]
 CASES += ["moe tp2 sp", "moe pp2", "moe ep2", "moe tp2 sp ep2", "moe tp2 sp ep2, replayed"]
+OF_CONTEXT = ["cp2", "nope cp2", "moe cp2 ep2, replayed"]
 UPDATED = ["dp2, updated, overlapped", "moe ep2, updated"]
 
 
@@ -20,7 +21,7 @@ def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("layouts") / "report.json"
     on_ranks(2, TESTS / "layouts/engine_layout_worker.py", out, "--real", timeout_s=280)
     found = json.loads(out.read_text())
-    assert set(found) == {*CASES, *UPDATED}
+    assert set(found) == {*CASES, *OF_CONTEXT, *UPDATED}
     return found
 
 
@@ -28,6 +29,11 @@ def report(tmp_path_factory):
 def test_gradients_metrics_and_scores_are_those_of_local_layers_in_one_process(report, case):
     found = report[case]
     assert max(found["grad"], found["worst"], found["metrics"], found["score"]) <= 1e-5, found
+
+
+@pytest.mark.parametrize("case", OF_CONTEXT)
+def test_log_probs_under_context_parallelism_are_those_of_whole_sequences(report, case):
+    assert report[case]["score"] <= 0.05  # nats, in bfloat16: 0.024 is seen
 
 
 @pytest.mark.parametrize("case", UPDATED)

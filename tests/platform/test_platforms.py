@@ -61,6 +61,8 @@ def test_an_engine_that_cannot_pack_float32_is_told_before_a_model_is_built(monk
     assert transformer_engine.dtype_fault(torch.bfloat16) is None
     monkeypatch.setattr(transformer_engine, "version", lambda name: "2.11.0")
     assert transformer_engine.dtype_fault(torch.float32) is None
+    assert "context parallelism" in transformer_engine.dtype_fault(torch.float32, 2)
+    assert transformer_engine.dtype_fault(torch.bfloat16, 2) is None
 
 
 @pytest.mark.parametrize(
