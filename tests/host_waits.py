@@ -26,7 +26,7 @@ def _line() -> str:
     """`file:function` of the innermost frame that is ours or Megatron's; "fake" where a fake kernel reads what a real one need not."""
     for frame in reversed(traceback.extract_stack()[:-2]):
         path = frame.filename.replace("\\", "/")
-        if "/tests/stand_in/" in path or "/tests/fake_" in path or "/triton/" in path:
+        if "/tests/stand_in/" in path or "/tests/fake_" in path or "/site-packages/triton/" in path:
             return "fake"
         for root in ("/megatron_pz/", "/megatron/core/"):
             if root in path and "host_waits" not in path:

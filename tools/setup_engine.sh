@@ -18,17 +18,21 @@ die() { printf 'setup: error: %s\n' "$*" >&2; exit 1; }
 say() { printf 'setup: %s\n' "$*"; }
 pip() {
   "$venv/bin/python" -m pip "$1" --disable-pip-version-check --no-input --progress-bar off "${@:2}" >>"$log" 2>&1 ||
-    { grep -v '^WARNING' "$log" | tail -n 8 >&2; die "pip $1 failed; all of its words are in $log."; }
+    { grep -v '^WARNING' "$log" | tail -n 8 >&2 || true; die "pip $1 failed; all of its words are in $log."; }
 }
 
 mkdir -p .cache "$wheels" && : >"$log"
-free_mib=$(df -Pk . | awk 'NR == 2 { print int($4 / 1024) }')
-((free_mib >= 9000)) || die "$free_mib MiB are free here; about 9000 are needed. Free some room, or clone to another disk."
 if [[ ! -x $venv/bin/python ]]; then
+  free_mib=$(df -Pk . | awk 'NR == 2 { print int($4 / 1024) }')
+  ((free_mib >= 9000)) || die "$free_mib MiB are free here; about 9000 are needed. Free some room, or clone to another disk."
   python=${PYTHON:-python3.12}
   command -v "$python" >/dev/null || die "no $python; name an interpreter of Python 3.12: make PYTHON=/path/to/python3.12 test-engine"
   "$python" -m venv "$venv" >"$log" 2>&1 || die "python -m venv failed; its words are in $log."
 fi
+# The binding is one torch's and one Python's.
+built="$ENGINE $TORCH $("$venv/bin/python" -V)"
+if [[ -f $wheels/built && $(<"$wheels/built") != "$built" ]]; then rm -f "$wheels"/*.whl; fi
+printf '%s\n' "$built" >"$wheels/built"
 say "torch $TORCH for CUDA, megatron-core $MEGATRON ..."
 # Triton's interpreter in torch 2.11 takes no newer numpy.
 pip install "torch==$TORCH" "megatron-core==$MEGATRON" "numpy<2.4" wheel ninja pybind11 "${CUDA_HEADERS[@]}"

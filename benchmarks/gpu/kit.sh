@@ -2,7 +2,7 @@
 # What a GPU machine without a registry needs, as pieces that travel beside the working tree: benchmarks/gpu/kit.sh [DIR]
 # Wheels for that machine's Python (TARGET_PYTHON, 3.12), SmolLM2 and the Wikipedia leads land in DIR (.cache/gpu-kit), in folders of
 # less than 64 MiB each; a larger file is cut. What the machine has (torch, Triton, aiohttp, tensorboard, huggingface-hub, tokenizers,
-# accelerate, pandas and pyarrow were seen) stays out: a newer one may want what nobody carries. Its transformers, 5.17, is too old.
+# accelerate, pandas, pyarrow, einops, onnx and onnxscript were seen) stays out: a newer one may want what nobody carries. Its transformers, 5.17, is too old.
 # Transformer Engine comes along where `tools/setup_engine.sh` has compiled it (.cache/engine-wheels, 180 MB, for that machine's Python and
 # torch); SGLang is far larger and stays out. Tests and benchmarks that want what is not there say so.
 # `benchmarks/gpu/kit.sh --install DIR` on the other machine installs what DIR holds, offline, and makes SmolLM2's folder.

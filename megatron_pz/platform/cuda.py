@@ -93,6 +93,7 @@ class CudaPlatform(Platform):
         from megatron_pz.platform.local_spec import LOCAL_DEFAULTS
 
         if transformer_impl == "local":
+            transformer_engine.silence_missing()
             return {**LOCAL_DEFAULTS, "use_cpu_initialization": True}
         # Apex's kernel serves the output layer, which is Megatron's own even in Transformer Engine's specification.
         has_fused_gradient = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None

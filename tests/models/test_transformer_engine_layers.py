@@ -22,12 +22,15 @@ def stand_in(tmp_path_factory):
     return report_of("te_worker.py", tmp_path_factory.mktemp("te"))
 
 
-@pytest.fixture(scope="module", params=["stand-in", "real"])
-def report(request, tmp_path_factory):
-    if request.param == "stand-in":
-        return request.getfixturevalue("stand_in")
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
     skip_without_engine()
     return report_of("te_worker.py", tmp_path_factory.mktemp("te"), "--real")
+
+
+@pytest.fixture(scope="module", params=["stand_in", "real"])
+def report(request):
+    return request.getfixturevalue(request.param)
 
 
 @pytest.mark.parametrize("name", hf_models.MODELS)
@@ -87,3 +90,16 @@ def test_updates_are_those_of_the_local_layers(report, kind):
 def test_a_trainer_that_was_loaded_and_rested_goes_on_to_the_bit(report, kind, dtype):
     found = report["updates"][f"{kind} {dtype}"]
     assert found["loaded"] == found["engine"][2] and found["differ"] == []
+
+
+def test_the_real_one_ran_its_own_layers_and_adam(real):
+    wanted = {
+        "generic_gemm",
+        "rmsnorm_fwd",
+        "fused_rope_forward",
+        "fused_attn_fwd",
+        "fused_attn_bwd",
+        "te_general_grouped_gemm",
+    }
+    assert wanted | {"multi_tensor_adam", "convert_thd_to_bshd"} <= set(real["fused"])
+    assert {found["optimizer"].split(".")[0] for found in real["updates"].values()} == {"transformer_engine"}
