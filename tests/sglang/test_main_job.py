@@ -91,7 +91,8 @@ def test_rounds_ahead_are_at_most_so_many_updates_old(place, ahead):
     rollouts = rows(place[0] / f"ahead{ahead}", "rollouts.jsonl")
     masks = [r["mask_id"] for r in rollouts if r["role"] == "mask"]
     assert len(masks) == len(set(masks)) == 6 * 2 * 4
-    stale = next(row["step"] for row in found if row["staleness/max"] > 0)
+    # Where only a few tokens are stale there may be nothing to explain.
+    stale = max(found, key=lambda row: row["staleness/mean"])["step"]
     config = load_config([str(place[0] / f"ahead{ahead}" / "config.toml")])
     budget = mismatch_budget(config, place[0] / f"ahead{ahead}", [stale])
     print("\n".join(budget.told()))
